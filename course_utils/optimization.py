@@ -1,0 +1,81 @@
+"""What must be the same on every stage: the learning rate, the norm of all gradients, the decision to skip a step."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+
+class Noam(LRScheduler):
+    """Linear warm-up, then decay with the inverse square root of the step (Vaswani et al., 2017, section 5.3):
+
+        lr = factor * d_model^-0.5 * min(step^-0.5, step * warm_up^-1.5)
+
+    The step counts from 1, so the first update of the optimizer already has a learning rate above 0. Call `step()` after
+    `optimizer.step()`, and only then. The optimizer's own learning rate is multiplied in: leave it at 1.0.
+
+    Args:
+        d_model: width of the model.
+        warm_up: number of steps until the peak, which is factor / sqrt(d_model * warm_up).
+        factor: scales the whole curve.
+
+    Raises:
+        ValueError: unless d_model and warm_up are at least 1 and factor is positive.
+    """
+
+    def __init__(self, optimizer: Optimizer, d_model: int, warm_up: int, factor: float = 1.0):
+        for name, value in (("d_model", d_model), ("warm_up", warm_up)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if not factor > 0:
+            raise ValueError(f"factor is {factor}; it must be above 0")
+        self.d_model, self.warm_up, self.factor = d_model, warm_up, factor
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float]:
+        step = self.last_epoch + 1
+        scale = self.factor * self.d_model**-0.5 * min(step**-0.5, step * self.warm_up**-1.5)
+        return [base * scale for base in self.base_lrs]
+
+
+def gradient_norms(parameters: Iterable[tuple[int, Tensor]], num_norms: int) -> Tensor:
+    """The norm of each gradient of this rank, at its parameter's place in the model.
+
+    Args:
+        parameters: pairs (place in the whole model, parameter); a parameter without a gradient counts as 0.
+        num_norms: number of parameters of the whole model.
+
+    Returns:
+        (num_norms,) float32, zero for parameters of other ranks.
+    """
+    norms = torch.zeros(num_norms)
+    for place, parameter in parameters:
+        if parameter.grad is not None:
+            norms[place] = torch.linalg.vector_norm(parameter.grad)
+    return norms
+
+
+def clip_by_global_norm(parameters: Iterable[Tensor], norms: Tensor, max_norm: float) -> float:
+    """Scale the gradients of this rank so that the norm over *all* ranks is at most max_norm; return the norm before.
+
+    The global norm is the norm of the vector of all parameters' norms in model order, as in torch's `clip_grad_norm_` on
+    one device. Adding up the squares of each stage first would differ in the last bit in about half of all cases.
+
+    Args:
+        norms: (number of parameters of the model,) the norms of all ranks.
+        max_norm: Pascanu et al., 2013, section 3.2; infinity clips nothing.
+
+    Returns:
+        The global norm. If it is not finite, no gradient is touched, and every rank must skip the step.
+    """
+    if not max_norm > 0:
+        raise ValueError(f"max_norm is {max_norm}; it must be above 0")
+    total = torch.linalg.vector_norm(norms)
+    if torch.isfinite(total):
+        scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale)
+    return total.item()

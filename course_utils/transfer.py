@@ -1,0 +1,223 @@
+"""The messages of one step: what each looks like, when its receive is posted, when its send is over.
+
+Nothing here is found out by trial: all ranks compute the same plan of a step before any data moves. That is necessary.
+gloo ends the receiving process if a buffer is too small, fills part of it if it is too large, and takes bytes of another
+dtype as they are.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+import torch
+
+from course_utils.number_words import Geometry
+from course_utils.schedules import Message, Schedule
+from course_utils.transformer import CarrySpec
+from course_utils.transports import Transport, TransferError
+from course_utils.validity import PostingPlan
+
+Specs = tuple[CarrySpec | None, ...]  # what crosses a border: one entry per tensor of the carry
+
+
+class PlanMismatch(TransferError):
+    """Ranks do not agree about a step, or a stage gave something else than the plan says."""
+
+
+class StepPlan:
+    """Shape, dtype and need of a gradient of every message of a step.
+
+    Args:
+        geometries: for each micro-batch (rows, source length, target length).
+        carry_after: gives for (stage, geometry) what the stage hands on to the next one.
+        num_stages: K.
+    """
+
+    def __init__(
+        self, geometries: Sequence[Geometry], carry_after: Callable[[int, Geometry], Specs], num_stages: int
+    ):
+        self.geometries = tuple(geometries)
+        self.carries = [[carry_after(stage, g) for g in self.geometries] for stage in range(num_stages - 1)]
+
+    def specs(self, message: Message) -> Specs:
+        """What a message consists of; gradients flow only for tensors that require one."""
+        if message.kind == "activations":
+            return self.carries[message.source][message.micro_batch]
+        carry = self.carries[message.destination][message.micro_batch]
+        return tuple(spec if spec is not None and spec.requires_grad else None for spec in carry)
+
+    def num_bytes(self, message: Message) -> int:
+        """The size of a message."""
+        return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in self.specs(message) if spec is not None)
+
+    @cached_property
+    def digest(self) -> bytes:
+        """32 bytes that differ as soon as any message differs."""
+        return hashlib.sha256(repr((self.geometries, self.carries)).encode()).digest()
+
+    def __str__(self) -> str:
+        pieces = [f"{rows} rows, {source} -> {target} tokens" for rows, source, target in self.geometries]
+        return f"{len(pieces)} micro-batches over {len(self.carries) + 1} stages: " + "; ".join(pieces)
+
+
+class Exchange:
+    """The messages of one rank during one step.
+
+    Receives are posted in the order in which the sender sends, so no message needs a tag. Sends never block: each is kept
+    until a message arrives that the peer can only have sent after it had used ours, the rest until `finish`.
+    """
+
+    def __init__(self, transport: Transport, schedule: Schedule, plan: StepPlan, posting: PostingPlan, device: str):
+        self.transport, self.schedule, self.plan, self.posting, self.device = transport, schedule, plan, posting, device
+        self.inbox: dict[Message, tuple[list, list]] = {}  # posted: buffers, operations
+        self.outbox: dict[Message, list] = {}  # sent, not yet known to be used
+        self.to_post = {c: list(reversed(ms)) for c, ms in schedule.channels.items() if c[1] == transport.rank}
+        self.peak_posted: dict[str, int] = {"activations": 0, "gradients": 0}
+        self.begin_action(0)
+
+    def begin_action(self, number: int) -> None:
+        """Post the receives that are due when the rank's action `number` (from 1; 0: the step) begins to compute."""
+        if self.transport.posts_early:
+            for message in self.posting.posted_at.get(number, ()):
+                self.post(message)
+
+    def post(self, message: Message) -> None:
+        source = self.schedule.channel(message)[0]
+        expected = self.to_post[source, self.transport.rank].pop()
+        assert message == expected, f"{message} would be posted before {expected}, which is sent first"
+        buffers = [
+            None if spec is None else torch.empty(spec.shape, dtype=spec.dtype, device=self.device)
+            for spec in self.plan.specs(message)
+        ]
+        operations = [self.transport.irecv(buffer, source, message) for buffer in buffers if buffer is not None]
+        self.inbox[message] = buffers, operations
+        posted = sum(other.kind == message.kind for other in self.inbox)
+        self.peak_posted[message.kind] = max(self.peak_posted[message.kind], posted)
+
+    def receive(self, message: Message) -> list[torch.Tensor | None]:
+        """Wait for a message; one entry per tensor of the carry."""
+        channel = self.schedule.channel(message)
+        while message not in self.inbox:
+            self.post(self.to_post[channel][-1])
+        buffers, operations = self.inbox.pop(message)
+        for operation in operations:
+            self.transport.wait(operation)
+        for sent in self.posting.acknowledged_by.get(message, ()):
+            self.close(sent)
+        return buffers
+
+    def send(self, message: Message, tensors: Sequence[torch.Tensor | None]) -> None:
+        """Send what the plan says; what it does not name stays here. Raises PlanMismatch."""
+        specs = self.plan.specs(message)
+        if len(tensors) != len(specs):
+            raise PlanMismatch(f"{message}: the plan has {len(specs)} tensors, the stage gave {len(tensors)}")
+        destination = self.schedule.channel(message)[1]
+        operations = self.outbox[message] = []
+        for tensor, spec in zip(tensors, specs, strict=True):
+            if spec is not None:
+                check_tensor(message, tensor, spec)
+                operations.append(self.transport.isend(tensor.contiguous(), destination, message))
+
+    def close(self, sent: Message) -> None:
+        """Let go of a send that the peer has used: its wait returns at once."""
+        for operation in self.outbox.pop(sent):
+            self.transport.wait(operation)
+
+    def finish(self) -> None:
+        """Wait until all that was sent is on its way."""
+        for message in list(self.outbox):
+            self.close(message)
+
+
+def check_tensor(message: Message, tensor: torch.Tensor | None, spec: CarrySpec) -> None:
+    """Raises PlanMismatch unless the tensor is what the receiver has a buffer for."""
+    if tensor is None or tensor.shape != spec.shape or tensor.dtype != spec.dtype:
+        given = "nothing" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
+        raise PlanMismatch(
+            f"{message} (stage {message.source} to {message.destination}): the plan says {tuple(spec.shape)} "
+            f"{spec.dtype}, the stage gave {given}"
+        )
+
+
+class Gathering:
+    """One tensor of bytes from every rank to every rank, on the control group.
+
+    Receives are posted when it is made, at the start of a step, so that at its end each message is under way as soon as it
+    is sent. (An all-reduce sends its messages one after another: over a long line it costs several delays instead of one.)
+    """
+
+    def __init__(self, transport: Transport, num_bytes: int, label: str):
+        self.transport, self.label = transport, label
+        self.peers = [peer for peer in range(transport.world_size) if peer != transport.rank]
+        self.buffers = {peer: torch.empty(num_bytes, dtype=torch.uint8) for peer in self.peers}
+        self.receives = [transport.irecv(self.buffers[peer], peer, label, control=True) for peer in self.peers]
+
+    def share(self, mine: torch.Tensor) -> list[torch.Tensor]:
+        """Everybody's bytes, by rank. mine: (num_bytes,) uint8."""
+        sends = [self.transport.isend(mine, peer, self.label, control=True) for peer in self.peers]
+        for operation in self.receives + sends:
+            self.transport.wait(operation)
+        return [mine if rank not in self.buffers else self.buffers[rank] for rank in range(self.transport.world_size)]
+
+
+def as_bytes(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def agree(transport: Transport, plan: StepPlan) -> None:
+    """Compare the plans of all ranks before the first data moves; later steps compare theirs at the end of the one before.
+
+    Raises:
+        PlanMismatch: on every rank, with all plans that differ.
+    """
+    gathering = Gathering(transport, len(plan.digest), "the plan of the step")
+    check_digests(transport, plan, [t.numpy().tobytes() for t in gathering.share(as_bytes(plan.digest))])
+
+
+def check_digests(transport: Transport, plan: StepPlan, digests: list[bytes]) -> None:
+    """Raises PlanMismatch on all ranks unless all digests, by rank, are the same; all ranks must hold the same list."""
+    if len(set(digests)) == 1:
+        return
+    text = str(plan).encode()[:PLAN_TEXT].ljust(PLAN_TEXT)
+    texts = Gathering(transport, PLAN_TEXT, "the text of the plan").share(as_bytes(text))
+    plans = [f"\n  rank {rank}: {t.numpy().tobytes().decode(errors='replace').strip()}" for rank, t in enumerate(texts)]
+    raise PlanMismatch("the ranks have different plans for the next step:" + "".join(plans))
+
+
+PLAN_TEXT = 2000  # bytes of a plan's text that are shown
+
+
+class StepAgreement:
+    """What all ranks tell each other at the end of each step: the norms of their gradients, and their next plan.
+
+    Args:
+        num_norms: how many parameters the whole model has; each has its own place in the vector of norms.
+    """
+
+    def __init__(self, transport: Transport, num_norms: int):
+        self.transport, self.num_norms = transport, num_norms
+        self.gathering: Gathering | None = None
+
+    def open(self) -> None:
+        """Post the receives: at the start of the step."""
+        self.gathering = Gathering(self.transport, 32 + 4 * self.num_norms, "the gradient norms")
+
+    def share(self, norms: torch.Tensor, next_plan: StepPlan) -> torch.Tensor:
+        """Fill in the norms of all ranks and compare the next plan.
+
+        Args:
+            norms: (num_norms,) float32, zero for parameters of other ranks.
+
+        Returns:
+            (num_norms,) float32, the same on every rank.
+
+        Raises:
+            PlanMismatch: on every rank.
+        """
+        assert self.gathering is not None, "open() posts the receives; call it at the start of the step"
+        everybody = self.gathering.share(torch.cat([as_bytes(next_plan.digest), norms.view(torch.uint8)]))
+        self.gathering = None
+        check_digests(self.transport, next_plan, [t[:32].numpy().tobytes() for t in everybody])
+        return torch.stack([t[32:].clone().view(torch.float32) for t in everybody]).sum(dim=0)
+
