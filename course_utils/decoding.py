@@ -30,7 +30,7 @@ def greedy_decode(pipeline: Pipeline, cut: CutModel, source: Tensor, max_length:
         (rows, length) ids without the start token; padding behind the end token.
 
     Raises:
-        PlanMismatch: if the ranks were given different sources.
+        PlanMismatch: if the ranks were given sources of different shapes.
         RuntimeError: in the middle of a training step, whose messages are still under way.
     """
     if pipeline.stash:

@@ -62,6 +62,7 @@ class Pipeline:
         self.carry_after, self.loss, self.compute_context, self.device = carry_after, loss, compute_context, device
         self.posting = posting_plan(schedule, transport.rank)
         self.stash: dict[tuple[int, int], tuple[Tensors, Tensors]] = {}  # kept from a forward to its backward
+        self.expected: Exchange | None = None  # of the next step, if `expect` has begun it
 
     def plan(self, micro_batches: Sequence[Batch]) -> StepPlan:
         """What a step of these micro-batches sends: the same on every rank."""
@@ -70,6 +71,16 @@ class Pipeline:
                 f"{len(micro_batches)} micro-batches were given; the schedule has {self.schedule.num_micro_batches}"
             )
         return StepPlan([m.geometry for m in micro_batches], self.carry_after, self.schedule.num_stages)
+
+    def expect(self, plan: StepPlan) -> None:
+        """Post the receives with which the next step begins, before the ranks have compared its plan.
+
+        Over a long line the next step begins two delays earlier: a rank that has compared can send at once. Receives of a
+        wrong size do no harm as long as nobody sends, and a rank that sees different plans never does.
+
+        Only for a step that comes next: whatever is sent next on the same channels arrives in these buffers.
+        """
+        self.expected = Exchange(self.transport, self.schedule, plan, self.posting, self.device)
 
     def step(
         self,
@@ -93,7 +104,10 @@ class Pipeline:
         self.handed_over: dict[Action, Tensors] = {}  # between two stages of this rank
         self.losses: dict[int, Tensor] = {}
         self.peak_stash = 0
-        self.exchange = Exchange(self.transport, self.schedule, plan, self.posting, self.device)
+        if self.expected is None:
+            self.expect(plan)
+        assert self.expected is not None and self.expected.plan.digest == plan.digest, "another step was expected"
+        self.exchange, self.expected = self.expected, None
         with self.compute_context():
             for number, action in enumerate(self.schedule.actions[self.transport.rank], start=1):
                 arrived = self.take_in(action)

@@ -29,7 +29,7 @@ class TrainingConfig:
     """Everything that decides the outcome of a run. Raises ValueError, naming the value, for what cannot be run."""
 
     stages: int = 2
-    micro_batches: int = 4
+    micro_batches: int = 8
     schedule: str = "gpipe"
     steps: int = 1200
     batch_size: int = 64
@@ -118,14 +118,16 @@ def make_optimizer(config: TrainingConfig, parameters: list[Tensor]) -> tuple[to
     return optimizer, Noam(optimizer, config.model.d_model, config.warm_up, config.learning_rate_factor)
 
 
-def train_rank(worker: Worker, config: TrainingConfig, cut: CutModel, schedule: Schedule) -> dict[str, Any]:
+def train_rank(
+    worker: Worker, config: TrainingConfig, cut: CutModel, schedule: Schedule, engine: type[Pipeline] = Pipeline
+) -> dict[str, Any]:
     """The training loop of one rank: what `train` runs in every process."""
     stages = {s: cut.build(s, config.seed) for s in schedule.stages_of(worker.rank)}
     named = [pair for stage in stages.values() for pair in stage.named_parameters_globally()]
     parameters: list[Tensor] = [parameter for _, parameter in named]
     place = {name: i for i, name in enumerate(cut.parameter_names)}
     optimizer, noam = make_optimizer(config, parameters)
-    pipeline = Pipeline(stages, schedule, worker.transport, cut.carry_after)
+    pipeline = engine(stages, schedule, worker.transport, cut.carry_after)
     agreement = StepAgreement(worker.transport, len(place))
     numbers = split_numbers(config.lowest, config.highest, config.training_numbers, config.held_out, config.seed)
     record = StageRecord()
@@ -176,6 +178,7 @@ def train(
     schedule: Schedule | None = None,
     run: Callable[..., list] = launch,
     on_step: Callable[[Step], None] | None = None,
+    engine: type[Pipeline] = Pipeline,
 ) -> TrainingResult:
     """Train over several ranks.
 
@@ -183,6 +186,7 @@ def train(
         schedule: any valid one; by default `config.schedule`, a stage per rank.
         run: `processes.launch`, or `threads.run_in_threads` for threads of this process.
         on_step: called with every step as soon as it is done.
+        engine: what runs the schedule; `torch_engine.TorchPipeline` for comparison.
 
     Raises:
         ScheduleError, ValueError: before anything starts.
@@ -199,7 +203,7 @@ def train(
         if on_step is not None:
             on_step(step)
 
-    ranks = run(train_rank, schedule.num_ranks, config, config.cut, schedule, on_event=on_event)
+    ranks = run(train_rank, schedule.num_ranks, config, config.cut, schedule, engine, on_event=on_event)
     weights = {name: tensor for rank in ranks for name, tensor in rank["weights"].items()}
     return TrainingResult(
         config=config,
@@ -212,8 +216,20 @@ def train(
 
 
 def train_on_one_device(config: TrainingConfig) -> TrainingResult:
-    """The same training without a pipeline: a plain loop over the micro-batches. The reference for all others."""
-    config = replace(config, stages=1)
+    """The same training without a pipeline: a plain loop over the micro-batches. The reference for all others.
+
+    It computes on one thread, as every stage does: with more, sums are cut into other pieces and their last bits differ.
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return plain_loop(replace(config, stages=1))
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def plain_loop(config: TrainingConfig) -> TrainingResult:
+    """`train_on_one_device` on as many threads as torch is set to."""
     model = config.cut.build(0, config.seed)
     named = list(model.named_parameters_globally())
     parameters: list[Tensor] = [parameter for _, parameter in named]

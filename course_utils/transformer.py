@@ -46,9 +46,11 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         # A vocabulary has padding and at least one token.
         smallest = {"d_model": 2, "heads": 1, "encoder_layers": 1, "decoder_layers": 1, "max_length": 1}
-        smallest |= {"feedforward_width": 1, "source_vocabulary": 2, "target_vocabulary": 2}
+        smallest |= {"d_feedforward": 1, "source_vocabulary": 2, "target_vocabulary": 2}
         for name, at_least in smallest.items():
             value = getattr(self, name)
+            if name == "d_feedforward" and value is None:
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
                 raise ValueError(f"{name} must be a whole number of at least {at_least}, got {value!r}")
         if self.d_model % self.heads or self.d_model % 2:

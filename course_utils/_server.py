@@ -1,0 +1,164 @@
+"""Where worker processes come from: forked in milliseconds by a server that has torch loaded, or started afresh.
+
+The server is multiprocessing's forkserver, one per caller, started with the first run. Its socket and the folders of
+the runs that it serves lie in one folder, the *home* (mode 0700), which is removed when the caller ends.
+"""
+
+import atexit
+import contextlib
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import types
+from collections.abc import Callable, Iterator
+from multiprocessing import process, resource_tracker
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+METHODS = ("forkserver", "spawn")
+PRELOAD = "course_stage_preload"  # the name under which the server imports a copy of _preload.py
+LONGEST_FOLDER = 60  # bytes: the path of a Unix socket, which lies two names deeper, holds 104 to 108
+
+lock = threading.RLock()  # held while the process-wide things below are changed for a moment
+home: Path | None = None
+server_pid: int | None = None  # of the server that this module started
+
+
+def choose_method(wanted: str | None = None) -> str:
+    """How workers are started: "forkserver" where it is quick and safe, which is Linux, else "spawn"."""
+    if wanted not in (None, *METHODS):
+        raise ValueError(f"method is {wanted!r}; use 'forkserver', 'spawn', or None for the one that suits this system")
+    if wanted == "spawn" or sys.platform != "linux" or not has_safe_forkserver(sys.version_info[:3]):
+        return "spawn"
+    return "spawn" if sys.flags.ignore_environment else "forkserver"
+
+
+def has_safe_forkserver(version: tuple[int, int, int]) -> bool:
+    """Not with CVE-2022-42919: there every user of the machine could make the server run code."""
+    first_safe = {(3, 9): 16, (3, 10): 9, (3, 11): 1}
+    return version[2] >= first_safe.get((version[0], version[1]), 0)
+
+
+def make_home() -> Path:
+    """The server's folder. Raises OSError if no folder with a short path can be written."""
+    global home
+    with lock:
+        if home is None:
+            folders = [tempfile.gettempdir(), "/tmp", "/var/tmp"]
+            short = [f for f in folders if len(os.fsencode(f)) <= LONGEST_FOLDER and os.access(f, os.W_OK | os.X_OK)]
+            if not short:
+                raise OSError(
+                    f"the temporary folder {folders[0]} cannot hold a socket: it must be writable, with a path of at "
+                    f"most {LONGEST_FOLDER} bytes; set TMPDIR to another"
+                )
+            home = Path(tempfile.mkdtemp(prefix="stages-", dir=short[0]))
+        return home
+
+
+def make_run_folder(method: str) -> Path:
+    """A folder for the files of one run. With the server it lies in the home, which the server removes in the end."""
+    return Path(tempfile.mkdtemp(prefix="stages-run-", dir=make_home() if method == "forkserver" else None))
+
+
+def start_server(check: Callable[[], Any]) -> None:
+    """Make sure that the server runs and has loaded torch; check() is called while waiting and may raise."""
+    global server_pid
+    from multiprocessing import forkserver
+
+    server: Any = forkserver._forkserver
+    folder = make_home()
+    with lock:
+        before = server._forkserver_pid
+        if not (folder / f"{PRELOAD}.py").exists():
+            shutil.copyfile(Path(__file__).with_name("_preload.py"), folder / f"{PRELOAD}.py")
+        config = process.current_process()._config  # type: ignore[attr-defined]
+        search_path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+        with main_stand_in(), changed(config, "tempdir", str(folder)), changed(os.environ, "PYTHONPATH", search_path):
+            forkserver.set_forkserver_preload([PRELOAD])
+            forkserver.ensure_running()
+        pid = server._forkserver_pid
+        if pid != before:
+            server_pid = pid
+    # A server that other code had started before works too, only slower: it has not loaded torch.
+    while pid == server_pid and not (folder / f"ready-{pid}").exists():
+        check()
+        time.sleep(0.002)
+
+
+def start_process(method: str, target: Callable, args: tuple) -> BaseProcess:
+    context: Any = multiprocessing.get_context(method)
+    with lock, main_stand_in():
+        started = context.Process(target=target, args=args, name=f"stage {args[0]}")
+        started.start()
+        # Whoever starts a process through multiprocessing also polls all that are in this set. One reader of an exit
+        # code takes it from the other, so ours are polled by their own run alone.
+        process._children.discard(started)  # type: ignore[attr-defined]
+    return started
+
+
+def block_interrupt() -> None:
+    """Let what this thread starts from now on be deaf to Ctrl-C, from its first moment."""
+    if hasattr(signal, "pthread_sigmask"):
+        resource_tracker.ensure_running()  # first, because it unblocks the signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+
+class StandIn(types.ModuleType):
+    """Looks like the caller's main module, but without the file and the name by which a child would run it again."""
+
+    __file__ = None
+
+    def __init__(self, main: types.ModuleType):
+        super().__init__("__main__")
+        self.__dict__["_main"] = main
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_main"], name)
+
+
+@contextlib.contextmanager
+def main_stand_in() -> Iterator[None]:
+    """Functions travel by value, so no child needs the caller's script: one without a main guard works too."""
+    with changed(sys.modules, "__main__", StandIn(sys.modules["__main__"])):
+        yield
+
+
+@contextlib.contextmanager
+def changed(mapping: Any, key: str, value: Any) -> Iterator[None]:
+    before = mapping.get(key)
+    mapping[key] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del mapping[key]
+        else:
+            mapping[key] = before
+
+
+def remove_home() -> None:
+    if home is not None:
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def forget_server() -> None:
+    """In a fork of the caller: the server ends when nobody holds its pipe any more, so a fork must not hold it."""
+    global home, server_pid, lock
+    lock = threading.RLock()
+    home = server_pid = None
+    forkserver = sys.modules.get("multiprocessing.forkserver")
+    server = getattr(forkserver, "_forkserver", None)
+    if server is not None and server._forkserver_pid is not None:
+        os.close(server._forkserver_alive_fd)
+        server._forkserver_alive_fd = server._forkserver_pid = server._forkserver_address = None
+
+
+atexit.register(remove_home)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=forget_server)

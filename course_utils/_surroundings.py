@@ -1,0 +1,31 @@
+"""What the workers get from the place where their caller runs."""
+
+import os
+import sys
+
+import psutil
+
+# Meant for the caller's own group of ranks, if it is itself started by torchrun or the like.
+FOREIGN_VARIABLES = {
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
+    *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "GLOO_SOCKET_IFNAME"),
+}
+
+
+def environment_for_workers() -> dict[str, str]:
+    """The caller's variables as they are now: the server has those of the time when it was started."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name not in FOREIGN_VARIABLES and not name.startswith("TORCHELASTIC_")
+    }
+
+
+def loopback_interface() -> str | None:
+    """The name of the network interface that holds 127.0.0.1, for gloo to listen on; None where gloo takes no names."""
+    if sys.platform == "win32":
+        return None
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address == "127.0.0.1" for address in addresses):
+            return name
+    raise OSError("no network interface has the address 127.0.0.1, which the stages talk over; `ip address` lists them")

@@ -1,0 +1,300 @@
+"""The thread that starts the workers of one run and watches over them until all have gone.
+
+A thread, because an interrupt of the caller's cell reaches its main thread only: what this one has begun it finishes,
+so that whatever happens no process and no file is left.
+"""
+
+import atexit
+import os
+import pickle
+import queue
+import secrets
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from course_utils import _pipes, _server, _status_file, _surroundings, _worker
+from course_utils._by_value import Parcel
+from course_utils._failures import PATIENCE, Failure, RunEnded, describe_death, name_stages
+
+LONGEST_LINE = 16_384  # bytes; a longer one is shown in pieces
+SECONDS_TO_END = 2.0  # for a worker that has been released or killed
+END = object()  # behind the last event of a run
+active: set["Watcher"] = set()  # in this process; what is left of them ends with it
+
+
+@dataclass
+class Options:
+    """See `processes.start`."""
+
+    startup_limit: float = 60.0
+    limit: float | None = None
+    wait_limit: float = 60.0
+    output: Callable[[str], Any] | None = None
+    on_event: Callable[[int, Any], Any] | None = None
+    method: str | None = None
+
+
+@dataclass
+class Stage:
+    """The caller's view of a worker."""
+
+    rank: int
+    process: BaseProcess
+    control: Connection
+    output: Connection
+    messages: _pipes.Messages = field(default_factory=_pipes.Messages)
+    line: bytes = b""
+    is_ready: bool = False
+    result: list = field(default_factory=list)  # the one result, once it is there
+    failure: Failure | None = None
+
+    @property
+    def has_reported(self) -> bool:
+        return bool(self.result) or self.failure is not None
+
+
+class Watcher:
+    """Starts, watches and ends the workers of a run; `done` is set when nothing of them is left.
+
+    Afterwards either `results` has one value per rank, or `failure` says why not and `others` what followed from it; an
+    error of the caller's own callbacks is in `error`.
+    """
+
+    def __init__(self, parcel: Parcel, world_size: int, options: Options):
+        self.parcel, self.world_size, self.options = parcel, world_size, options
+        self.method = _server.choose_method(options.method)
+        self.began = time.monotonic()
+        self.done = threading.Event()
+        self.events: queue.SimpleQueue = queue.SimpleQueue()
+        self.stopping = threading.Event()
+        self.wake_up, self.waker = Pipe(duplex=False)
+        self.stages: list[Stage] = []
+        self.sources: dict[Any, Callable[[], Any]] = {}  # what to do when something arrives, or a process ends
+        self.folder: Path | None = None
+        self.sender: threading.Thread | None = None
+        self.results: list = []
+        self.failure: Failure | None = None
+        self.others: list[str] = []
+        self.error: BaseException | None = None
+        self.thread = threading.Thread(target=self.run, name="watch over stages", daemon=True)
+
+    def stop(self) -> None:
+        """Ask the thread to end the run now. From any thread, any number of times."""
+        self.stopping.set()
+        with suppress(OSError):
+            self.waker.send_bytes(b"stop")
+
+    def run(self) -> None:
+        active.add(self)
+        try:
+            _server.block_interrupt()
+            self.start_all()
+            self.listen()
+            self.results = [stage.result[0] for stage in self.stages]
+        except RunEnded as ended:
+            self.failure = ended.failure
+            self.others = self.describe_others(ended.failure)
+        except BaseException as error:
+            self.error = error
+        try:
+            self.clean_up()
+        except BaseException as error:
+            self.error = self.error or error
+        active.discard(self)
+        self.events.put(END)
+        self.done.set()
+
+    # ---- start ----
+
+    def start_all(self) -> None:
+        options = self.options
+        if self.method == "forkserver":
+            _server.start_server(self.check_limits)
+        self.folder = _server.make_run_folder(self.method)
+        _status_file.create(self.folder / "status", self.world_size)
+        for rank in range(self.world_size):
+            self.check_limits()
+            self.stages.append(self.start_one(rank, self.folder))
+        self.sources[self.wake_up] = self.check_limits
+        for stage in self.stages:
+            self.sources[stage.control] = partial(self.read_control, stage)
+            self.sources[stage.output] = partial(self.read_output, stage)
+            self.sources[stage.process.sentinel] = partial(self.note_death, stage)
+        settings = _worker.Settings(
+            folder=self.folder,
+            token=secrets.token_bytes(32),
+            interface=_surroundings.loopback_interface(),
+            startup_limit=options.startup_limit,
+            wait_limit=options.wait_limit,
+            environment=_surroundings.environment_for_workers(),
+            search_path=list(sys.path),
+            sources=self.parcel.sources,
+        )
+        # In a thread: arguments may be large, and a worker that does not read them must not keep this thread waiting.
+        self.sender = threading.Thread(target=self.send_all, args=(pickle.dumps(settings),), daemon=True)
+        self.sender.start()
+
+    def start_one(self, rank: int, folder: Path) -> Stage:
+        control, workers_control = Pipe()
+        output, workers_output = Pipe(duplex=False)
+        with workers_control, workers_output:
+            args = (rank, self.world_size, self.method, folder, workers_control, workers_output)
+            process = _server.start_process(self.method, _worker.main, args)
+        return Stage(rank, process, control, output)
+
+    def send_all(self, settings: bytes) -> None:
+        for stage in self.stages:
+            with suppress(OSError):  # it has died: its sentinel says so
+                _pipes.send(stage.control, settings)
+                _pipes.send(stage.control, self.parcel.data)
+
+    # ---- watch ----
+
+    def listen(self) -> None:
+        """Return when all results are here; raise RunEnded, with the nearest cause known, when they cannot come."""
+        while not all(stage.result for stage in self.stages):
+            failures = [stage.failure for stage in self.stages if stage.failure]
+            patience = self.check_limits()
+            if failures:
+                nearest = min(failures, key=lambda failure: failure.distance)
+                first = min(failure.at for failure in failures)
+                patience = first + PATIENCE[nearest.kind] - time.monotonic()
+                if patience <= 0 or all(stage.has_reported for stage in self.stages):
+                    raise RunEnded(nearest)
+            for source in wait(list(self.sources), patience):
+                self.sources[source]()
+
+    def check_limits(self) -> float | None:
+        """Seconds until the next limit; raises RunEnded if the run was stopped or has passed one."""
+        if self.stopping.is_set():
+            raise RunEnded(Failure("stopped", None, "the run was stopped before its end"))
+        now, limits = time.monotonic(), []
+        late = [stage.rank for stage in self.stages if not stage.is_ready]
+        if late or not self.stages:
+            limits.append(self.began + self.options.startup_limit)
+            if now > limits[-1]:
+                who = (
+                    f"{name_stages(late)} did not start" if late else "the server that starts the stages was not ready"
+                )
+                raise RunEnded(Failure("limit", None, f"{who} within {self.options.startup_limit:g} s (startup_limit)"))
+        if self.options.limit is not None:
+            limits.append(self.began + self.options.limit)
+            if now > limits[-1]:
+                raise RunEnded(Failure("limit", None, f"the run had not ended after {self.options.limit:g} s (limit)"))
+        return max(0.0, min(limits) - now) + 0.001 if limits else None
+
+    def read_control(self, stage: Stage) -> None:
+        data = _pipes.read(stage.control)
+        if not data:
+            self.sources.pop(stage.control, None)
+        for message in stage.messages.feed(data):
+            try:
+                kind, *content = pickle.loads(message)
+            except Exception as error:
+                stage.failure = Failure("exception", stage.rank, f"what it sent cannot be unpickled here: {error!r}")
+                continue
+            if kind == "ready":
+                stage.is_ready = True
+            elif kind == "event":
+                self.events.put((stage.rank, *content))
+                if self.options.on_event:
+                    self.options.on_event(stage.rank, *content)
+            elif kind == "result":
+                stage.result = content
+            else:
+                cause, summary, trace, at = content
+                stage.failure = Failure(cause, stage.rank, summary, trace, at)
+
+    def read_output(self, stage: Stage) -> None:
+        """Show what a stage has written, line by line; at the end also a last line without an end."""
+        data = _pipes.read(stage.output)
+        if not data:
+            self.sources.pop(stage.output, None)
+        *lines, stage.line = (stage.line + data).split(b"\n")
+        if stage.line and (not data or len(stage.line) > LONGEST_LINE):
+            lines.append(stage.line)
+            stage.line = b""
+        for line in lines:
+            show = self.options.output or partial(print, flush=True)
+            show(f"[stage {stage.rank}] {line.decode('utf-8', 'replace')}")
+
+    def note_death(self, stage: Stage) -> None:
+        self.sources.pop(stage.process.sentinel, None)
+        while stage.control in self.sources and stage.control.poll():  # what it said before
+            self.read_control(stage)
+        if not stage.has_reported:
+            stage.process.join(SECONDS_TO_END)
+            stage.failure = Failure("died", stage.rank, describe_death(stage.process.exitcode))
+
+    def describe_others(self, failure: Failure) -> list[str]:
+        """What the failure led to on the other stages; after a time-out also what those do that have not failed."""
+        lines = []
+        for stage in self.stages:
+            if stage.failure and stage.failure is not failure:
+                lines.append(f"stage {stage.rank}: {stage.failure.summary}")
+            elif not stage.has_reported and failure.kind in ("timeout", "closed", "limit") and self.folder:
+                lines.append(f"stage {stage.rank}: no error; {_status_file.read(self.folder / 'status', stage.rank)}")
+        return lines
+
+    # ---- end ----
+
+    def clean_up(self) -> None:
+        """Release or kill the workers, show the rest of their output, and leave nothing. Bounded in time."""
+        for stage in self.stages:
+            if self.results:
+                with suppress(OSError):
+                    _pipes.send(stage.control, _pipes.RELEASE)
+            else:
+                stage.process.kill()
+        give_up = time.monotonic() + SECONDS_TO_END
+        try:
+            self.show_rest_of_output(give_up)
+        finally:
+            if self.sender:
+                self.sender.join(SECONDS_TO_END)
+            for stage in self.stages:
+                stage.process.join(max(0.0, give_up - time.monotonic()))
+                if stage.process.exitcode is None:
+                    stage.process.kill()
+                    stage.process.join(SECONDS_TO_END)
+                stage.control.close()
+                stage.output.close()
+                with suppress(ValueError):  # it runs on in spite of SIGKILL, as in a broken network file system
+                    stage.process.close()
+            self.wake_up.close()
+            self.waker.close()
+            if self.folder:
+                shutil.rmtree(self.folder, ignore_errors=True)
+
+    def show_rest_of_output(self, give_up: float) -> None:
+        while pipes := [stage.output for stage in self.stages if stage.output in self.sources]:
+            ready = wait(pipes, max(0.0, give_up - time.monotonic()))
+            if not ready:  # a process that a worker has started holds the pipe
+                break
+            for pipe in ready:
+                self.sources[pipe]()
+
+
+def stop_all() -> None:
+    """At the end of the caller: nothing outlives it."""
+    left = list(active)
+    for watcher in left:
+        watcher.stop()
+    for watcher in left:
+        watcher.done.wait(2 * SECONDS_TO_END)
+
+
+atexit.register(stop_all)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=active.clear)  # they belong to the parent

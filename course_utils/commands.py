@@ -1,0 +1,141 @@
+"""The commands that `python course.py train | fingerprint | bench` hands on to, inside the course's environment."""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from course_utils.processes import StageError
+from course_utils.reference import fingerprint_table, one_string_per_column
+from course_utils.schedules import SCHEDULES
+from course_utils.training import Step, TrainingConfig, TrainingResult, train
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; the result is the exit code: 0, 1 if it failed, 2 for bad input, 130 after Ctrl-C."""
+    options = parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except KeyboardInterrupt:
+        print("\nstopped; no process was left behind", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except StageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    top = argparse.ArgumentParser(prog="course.py")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("train", help="train numbers to words over several stages")
+    defaults = TrainingConfig()
+    command.add_argument("--stages", type=int, default=defaults.stages, help="K (default: %(default)s)")
+    command.add_argument("--micro-batches", type=int, default=defaults.micro_batches, help="M (default: %(default)s)")
+    command.add_argument("--schedule", choices=SCHEDULES, default=defaults.schedule, help="default: %(default)s")
+    command.add_argument("--steps", type=int, default=defaults.steps, help="default: %(default)s")
+    command.add_argument("--batch-size", type=int, default=defaults.batch_size, help="rows (default: %(default)s)")
+    command.add_argument("--seed", type=int, default=defaults.seed, help="default: %(default)s")
+    command.add_argument("--out", type=Path, metavar="FOLDER", help="where result.json goes")
+    command.set_defaults(command=train_command)
+
+    command = commands.add_parser("fingerprint", help="show that every way of running a step gives the same bits")
+    command.add_argument("--json", action="store_true", help="{column: {row: string}}")
+    command.set_defaults(command=fingerprint_command)
+    return top
+
+
+def train_command(options: argparse.Namespace) -> int:
+    config = TrainingConfig(
+        stages=options.stages,
+        micro_batches=options.micro_batches,
+        schedule=options.schedule,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        seed=options.seed,
+    )
+    if options.out is not None:
+        check_writable(options.out)
+    print(f"{config.stages} stages, {config.micro_batches} micro-batches, schedule {config.schedule}", flush=True)
+    with tqdm(total=config.steps, unit="step", disable=None) as bar:
+        started, tokens = time.perf_counter(), 0
+
+        def show(step: Step) -> None:
+            nonlocal tokens
+            tokens += step.tokens
+            rate = tokens / (time.perf_counter() - started)
+            bar.set_postfix_str(
+                f"loss {step.loss:.3f}, learning rate {step.learning_rate:.1e}, gradient norm {step.gradient_norm:.2f}, "
+                f"{rate:,.0f} tokens/s"
+            )
+            bar.update()
+
+        result = train(config, on_step=show)
+    print(
+        f"{len(result.steps)} steps in {result.seconds:.1f} s; "
+        f"{result.exact_match:.1%} of {len(result.answers)} held-out numbers exactly right; "
+        f"fingerprint {result.fingerprint}"
+    )
+    if options.out is not None:
+        write_atomically(options.out / "result.json", summary(result))
+        print(f"written: {options.out / 'result.json'}")
+    return 0
+
+
+def summary(result: TrainingResult) -> dict[str, Any]:
+    """What result.json holds."""
+    return {
+        "exact_match": result.exact_match,
+        "held_out": len(result.answers),
+        "stages": result.config.stages,
+        "micro_batches": result.config.micro_batches,
+        "schedule": result.config.schedule,
+        "steps": len(result.steps),
+        "seconds": result.seconds,
+        "seed": result.config.seed,
+        "fingerprint": result.fingerprint,
+    }
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder and try to write: better now than after the training. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def write_atomically(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of one."""
+    temporary = path.with_suffix(".part")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def fingerprint_command(options: argparse.Namespace) -> int:
+    table = fingerprint_table()
+    if options.json:
+        print(json.dumps(table, indent=2))
+    else:
+        rows = list(dict.fromkeys(row for column in table.values() for row in column))
+        width = max(map(len, rows))
+        print(" " * width, *(f"{column:>14}" for column in table))
+        for row in rows:
+            print(f"{row:<{width}}", *(f"{column.get(row, '-'):>14}" for column in table.values()))
+    agree = one_string_per_column(table)
+    if not options.json:
+        print("every column holds one string" if agree else "the columns differ: something adds in another order")
+    return 0 if agree else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""Run a function on K fresh processes, one per stage, also from a notebook cell, and watch over them.
+
+    def hello(worker):
+        print("hello from", worker.rank)
+        return worker.rank**2
+
+    launch(hello, 3)  # prints `[stage 1] hello from 1` and so on, returns [0, 1, 4]
+
+Each process is a rank of torch.distributed over gloo on this machine. An exception, a crash, a wait without end or an
+interrupt of the cell ends all of them, with the first cause shown first, and leaves no process and no file behind.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from course_utils import _by_value
+from course_utils._failures import Failure
+from course_utils._watching import END, Options, Watcher
+
+POLL = 0.2  # seconds; on Windows a wait without an end could not be interrupted
+SECONDS_TO_STOP = 10.0
+
+
+class StageError(RuntimeError):
+    """A run did not get to its end. The message has the first cause with its traceback, and then what followed from it.
+
+    Attributes:
+        rank: of the stage that failed first, or None if none did (a limit, or `Run.stop`).
+        kind: "exception" of the function's own, "died" without one, "timeout" of a wait, "closed" by another stage,
+            "limit" of the whole run or of its start, "stopped".
+    """
+
+    def __init__(self, message: str, kind: str, rank: int | None = None):
+        super().__init__(message)
+        self.kind, self.rank = kind, rank
+
+    def __reduce__(self) -> tuple:
+        return StageError, (str(self), self.kind, self.rank)
+
+
+class Run:
+    """The workers of one `start`, under way or ended. As a context manager it stops what still runs at the end."""
+
+    def __init__(self, fn: Callable, world_size: int, args: tuple, options: Options):
+        parcel = _by_value.pack(fn, args)
+        self._cells = _by_value.cell_names(parcel.sources)
+        self._watcher = Watcher(parcel, world_size, options)
+
+    def result(self, timeout: float | None = None) -> list:
+        """Wait for the end; return what the function returned, by rank.
+
+        Raises:
+            StageError: a stage failed, a limit was passed, or the run was stopped.
+            TimeoutError: `timeout` seconds have passed; the run goes on.
+            KeyboardInterrupt: after the run has been stopped and cleaned up.
+        """
+        watcher = self._watcher
+        with self._stopped_by_interrupt():
+            if not wait_for(watcher.done, timeout):
+                raise TimeoutError(f"no result within {timeout:g} s; the run goes on: ask again, or stop() it")
+        if watcher.error is not None:
+            raise watcher.error
+        if watcher.failure is not None:
+            raise self._describe(watcher.failure)
+        return watcher.results
+
+    def events(self) -> Iterator[tuple[int, Any]]:
+        """(rank, event) for each `worker.emit(event)`, live, until the run has ended, well or badly: `result` tells."""
+        while True:
+            with self._stopped_by_interrupt():
+                try:
+                    item = self._watcher.events.get(timeout=POLL)
+                except queue.Empty:
+                    continue
+            if item is END:
+                self._watcher.events.put(END)  # for whoever asks again
+                return
+            yield item
+
+    def stop(self) -> None:
+        """End the run: returns when no process is left. Does nothing if it has ended already."""
+        if self._watcher.thread.is_alive():
+            self._watcher.stop()
+            wait_for(self._watcher.done, SECONDS_TO_STOP)
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def _begin(self) -> None:
+        self._watcher.thread.start()
+
+    @contextmanager
+    def _stopped_by_interrupt(self) -> Iterator[None]:
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.stop()
+            raise
+
+    def _describe(self, failure: Failure) -> StageError:
+        who = "" if failure.rank is None else f"stage {failure.rank} failed: "
+        parts = [who + failure.summary]
+        if failure.traceback:
+            parts.append(failure.traceback.rstrip())
+        if self._watcher.others:
+            head = "at that moment:" if failure.kind in ("timeout", "closed", "limit") else "because of that:"
+            parts.append("\n".join([head, *self._watcher.others]))
+        message = "\n\n".join(parts)
+        for file_name, cell in self._cells.items():
+            message = message.replace(f'File "{file_name}"', cell)
+        return StageError(message, failure.kind, failure.rank)
+
+
+def start(
+    fn: Callable,
+    world_size: int,
+    *args: Any,
+    startup_limit: float = 60.0,
+    limit: float | None = None,
+    wait_limit: float = 60.0,
+    output: Callable[[str], Any] | None = None,
+    on_event: Callable[[int, Any], Any] | None = None,
+    method: str | None = None,
+) -> Run:
+    """Begin to run fn(worker, *args) on `world_size` new processes; return at once with a handle.
+
+    fn and its arguments are sent by value: fn may be defined in a notebook cell, its modules are imported anew. What
+    the stages print appears as `[stage 1] ...` lines while they run.
+
+    Args:
+        startup_limit: seconds until all stages must have started and joined their groups.
+        limit: seconds for the whole run; None for no limit.
+        wait_limit: seconds that a stage waits for a single message.
+        output: called with each line instead of print, in a thread of its own.
+        on_event: called with (rank, event) for each `worker.emit(event)`, in a thread of its own.
+        method: "forkserver" or "spawn"; None for the one that suits this system.
+
+    Raises:
+        TypeError: fn is not callable, or something cannot be sent to another process.
+        ValueError: an argument out of its range.
+    """
+    run = prepare(fn, world_size, args, Options(startup_limit, limit, wait_limit, output, on_event, method))
+    with run._stopped_by_interrupt():
+        run._begin()
+    return run
+
+
+def launch(fn: Callable, world_size: int, *args: Any, **options: Any) -> list:
+    """Run fn(worker, *args) on `world_size` new processes; return the results by rank. Options as for `start`."""
+    run = prepare(fn, world_size, args, Options(**options))
+    with run:  # an interrupt at any moment from here on ends the run
+        run._begin()
+        return run.result()
+
+
+def prepare(fn: Callable, world_size: int, args: tuple, options: Options) -> Run:
+    if not callable(fn):
+        raise TypeError(
+            f"fn is {_by_value.shorten(fn)}, which is no function; it must be callable as fn(worker, *args)"
+        )
+    if not isinstance(world_size, int) or isinstance(world_size, bool):
+        raise TypeError(f"world_size is {world_size!r}; it must be a whole number: how many processes to start")
+    if world_size < 1:
+        raise ValueError(f"world_size is {world_size}; a run needs at least 1 process")
+    for name in ("startup_limit", "limit", "wait_limit"):
+        seconds = getattr(options, name)
+        if seconds is not None and not seconds > 0:
+            raise ValueError(f"{name} is {seconds!r}; it must be more than 0 seconds")
+    return Run(fn, world_size, args, options)
+
+
+def wait_for(event: threading.Event, timeout: float | None) -> bool:
+    """event.wait(timeout) in small pieces: on Windows an interrupt does not end a wait, only what comes after it."""
+    give_up = None if timeout is None else time.monotonic() + timeout
+    while not event.wait(POLL if give_up is None else min(POLL, max(0.0, give_up - time.monotonic()))):
+        if give_up is not None and time.monotonic() >= give_up:
+            return False
+    return True

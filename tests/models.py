@@ -1,0 +1,40 @@
+"""Small configurations that the tests share."""
+
+from dataclasses import replace
+
+import torch
+from course_utils.number_words import Batch
+from course_utils.pipeline import sum_over_tokens
+from course_utils.training import TrainingConfig, micro_batches_of
+from course_utils.transformer import TransformerConfig
+from torch import Tensor
+
+TINY = TransformerConfig(d_model=16, heads=2)
+TINY_RUN = TrainingConfig(
+    stages=2,
+    micro_batches=3,
+    steps=3,
+    batch_size=7,
+    warm_up=4,
+    model=TINY,
+    highest=9999,
+    training_numbers=200,
+    held_out=5,
+)
+
+
+def one_step(config: TrainingConfig = TINY_RUN) -> tuple[list[Batch], int]:
+    """The micro-batches of a first step, and the number of their tokens."""
+    micro_batches = micro_batches_of(config, tuple(range(1, 3000, 7)), 0)
+    return micro_batches, sum(m.num_tokens for m in micro_batches)
+
+
+def gradients_on_one_device(config: TrainingConfig, micro_batches: list[Batch]) -> dict[str, Tensor]:
+    """{parameter: its gradient} of a plain loop over the micro-batches, on one thread."""
+    torch.set_num_threads(1)
+    model = replace(config, stages=1).cut.build(0, config.seed)
+    num_tokens = sum(m.num_tokens for m in micro_batches)
+    for micro_batch in micro_batches:
+        logits, _ = model((None, None), micro_batch, None)
+        sum_over_tokens(logits, micro_batch, num_tokens).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters_globally()}

@@ -1,0 +1,111 @@
+"""What `course.py test` and `course.py check` run: every step, whatever the others say, then a table with the times.
+
+Each step has a budget on two cores. A run fails if a step fails, or if it takes more than twice its budget: machines
+differ, but a course that takes twice as long is another course.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+COURSE = Path(__file__).resolve().parents[1]
+RESULTS = COURSE / ".test-results"
+BUDGETS = {"test": 480, "test --smoke": 120, "check": 120}  # seconds on two cores, all steps together
+LESSON_BUDGET = {"11": 150}  # the capstone trains a model
+ANY_LESSON_BUDGET = 45
+QUICK = "not slow and not network and not gpu"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of a run. `tests` is a name if it is pytest, which then writes its times to NAME.xml."""
+
+    name: str
+    arguments: tuple[str, ...]  # for this Python
+    budget: float  # seconds
+    tests: str = ""
+
+    @property
+    def report(self) -> Path:
+        return RESULTS / f"{self.tests}.xml"
+
+    @property
+    def command(self) -> list[str]:
+        report = [f"--junitxml={self.report}"] if self.tests else []
+        return [sys.executable, "-m", *self.arguments, *report]
+
+
+def plan(which: str, notebooks: bool) -> list[Step]:
+    """The steps of "test", "test --smoke" or "check", in order."""
+    if which == "test --smoke":
+        return [Step("smoke tests", ("pytest", "-m", "smoke"), 120, "smoke")]
+    steps = [
+        Step("lint", ("ruff", "check"), 10),
+        Step("format", ("ruff", "format", "--check"), 10),
+        Step("types", ("mypy",), 40),
+    ]
+    if which == "check":
+        return [*steps, Step("quick tests", ("pytest", "-m", QUICK), 90, "quick")]
+    steps.append(Step("tests", ("pytest",), 360, "tests"))
+    if notebooks:
+        # Two at a time, but the cells of one notebook in one process: they depend on each other.
+        workers = str(min(2, os.cpu_count() or 1))
+        lessons = ("pytest", "--nbval-lax", "-n", workers, "--dist", "loadscope", "notebooks")
+        steps.append(Step("lessons", lessons, 240, "lessons"))
+    return steps
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="course.py", description="Run the checks of the course.")
+    parser.add_argument("which", choices=["test", "check"])
+    parser.add_argument("--smoke", action="store_true", help="only what must work on every system (with test)")
+    options = parser.parse_args(arguments)
+    which = "test --smoke" if options.which == "test" and options.smoke else options.which
+    RESULTS.mkdir(exist_ok=True)
+    steps = plan(which, notebooks=any((COURSE / "notebooks").glob("*.ipynb")))
+    results: list[tuple[Step, int, float]] = []
+    for step in steps:
+        print(f"\n=== {step.name}: {subprocess.list2cmdline(step.command[1:])}", flush=True)
+        started = time.perf_counter()
+        status = subprocess.call(step.command, cwd=COURSE)
+        results.append((step, status, time.perf_counter() - started))
+    rows = list(table(which, results))
+    print("\n" + "\n".join(row for row, _ in rows))
+    return 0 if all(good for _, good in rows) else 1
+
+
+def table(which: str, results: list[tuple[Step, int, float]]) -> Iterator[tuple[str, bool]]:
+    """The closing table, row by row, each with whether it is good."""
+    yield f"{'':34}{'seconds':>8}{'budget':>8}", True
+    for step, status, seconds in results:
+        yield row(step.name, seconds, step.budget, status)
+        for name, seconds in parts(step):
+            yield row("  " + name, seconds, LESSON_BUDGET.get(name[:2], ANY_LESSON_BUDGET))
+    yield row(f"course.py {which}", sum(seconds for _, _, seconds in results), BUDGETS[which])
+
+
+def row(name: str, seconds: float, budget: float, status: int = 0) -> tuple[str, bool]:
+    verdict = f"failed (status {status})" if status else "too slow" if seconds > 2 * budget else "ok"
+    over = f", {seconds / budget:.1f} times its budget" if seconds > budget and not status else ""
+    return f"{name:34}{seconds:8.1f}{budget:8.0f}  {verdict}{over}", verdict == "ok"
+
+
+def parts(step: Step) -> Iterator[tuple[str, float]]:
+    """(notebook, seconds of its cells) from the report that pytest wrote for the lessons."""
+    if step.tests != "lessons" or not step.report.exists():
+        return
+    seconds: dict[str, float] = {}
+    for case in ElementTree.parse(step.report).iter("testcase"):
+        name = case.get("classname", "").removeprefix("notebooks.").removesuffix(".ipynb")
+        seconds[name] = seconds.get(name, 0) + float(case.get("time", 0))
+    yield from sorted(seconds.items())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,101 @@
+"""The command line: what `course.py train` prints, writes and refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from course_utils import commands, reference
+from course_utils.commands import main
+
+TRAIN = ["train", "--steps", "2", "--batch-size", "16", "--micro-batches", "4"]
+
+
+@pytest.mark.processes
+@pytest.mark.smoke
+def test_train_writes_its_result(tmp_path, capsys):
+    assert main([*TRAIN, "--out", str(tmp_path / "new folder")]) == 0
+    result = json.loads((tmp_path / "new folder" / "result.json").read_text())
+    assert {key: result[key] for key in ("held_out", "stages", "micro_batches", "steps", "seed")} == {
+        "held_out": 500,
+        "stages": 2,
+        "micro_batches": 4,
+        "steps": 2,
+        "seed": 0,
+    }
+    assert 0 <= result["exact_match"] <= 1 and result["seconds"] > 0 and len(result["fingerprint"]) == 12
+    assert "held-out numbers exactly right" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--stages", "0"], "8 blocks into 0 stages"),
+        (["--stages", "99"], "8 blocks into 99 stages"),
+        (["--micro-batches", "1000"], "micro-batches is 1000"),
+        (["--steps", "-3"], "steps is -3"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, capsys, arguments, named):
+    assert main(["train", *arguments, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and named in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_found_out_before_the_training(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert main([*TRAIN, "--out", str(tmp_path / "file")]) == 2
+    assert "file" in capsys.readouterr().err
+
+
+def test_an_old_result_survives_a_failing_write(tmp_path, monkeypatch):
+    path = tmp_path / "result.json"
+    commands.write_atomically(path, {"a": 1})
+    with pytest.raises(TypeError):
+        commands.write_atomically(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
+def test_ctrl_c_stops_it_cleanly():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "course_utils.commands", "train", "--steps", "100000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert "2 stages" in process.stdout.readline()
+    time.sleep(4)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "stopped; no process was left behind" in error
+    assert "Traceback" not in error
+
+
+def test_fingerprint_prints_its_table(monkeypatch, capsys):
+    table = {"M=1": {"one device": "aa", "threads": "aa"}, "M=2": {"one device": "bb"}}
+    monkeypatch.setattr(commands, "fingerprint_table", lambda: table)
+    assert main(["fingerprint"]) == 0
+    printed = capsys.readouterr().out
+    assert "one device" in printed and "every column holds one string" in printed
+    assert main(["fingerprint", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == table
+    monkeypatch.setattr(commands, "fingerprint_table", lambda: {"M=1": {"one device": "aa", "threads": "ab"}})
+    assert main(["fingerprint"]) == 1
+    assert "the columns differ" in capsys.readouterr().out
+
+
+def test_the_table_covers_what_it_promises():
+    rows = {name for name, _ in reference.runs(reference.EVEN["M=8 even"], even=True)}
+    assert {"one device", "threads V=2 on 2 ranks", "processes V=2 on 2 ranks"} <= rows
+    for stages in (1, 2, 3, 4):
+        for schedule in ("naive", "gpipe", "1f1b"):
+            assert f"threads K={stages} {schedule}" in rows
+    assert any(row.startswith("torch's engine") and row.endswith("1f1b") for row in rows)

@@ -1,0 +1,220 @@
+"""Pictures: white, the same each time, readable without colour, and told in a sentence. What is drawn is measured."""
+
+import base64
+import io
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import PolyCollection
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from course_utils import plots
+from course_utils.plots import describe_curve, describe_timeline, draw_curve, draw_timeline, show
+from course_utils.schedules import gpipe, looped, one_f_one_b
+from course_utils.simulation import simulate
+from course_utils.timeline import Timeline
+
+
+@pytest.fixture
+def notebook(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict, dict]]:
+    """What a notebook would be given to display: (data, metadata)."""
+    shown: list[tuple[dict, dict]] = []
+    monkeypatch.setattr(plots.InteractiveShell, "initialized", lambda: True)
+    monkeypatch.setattr(plots, "display", lambda data, raw, metadata: shown.append((data, metadata)))
+    return shown
+
+
+def test_a_picture_says_itself(notebook: list, capsys: pytest.CaptureFixture) -> None:
+    says = 'Loss < 1 & "falling".'
+    show(draw_curve([3, 2, 1]), says=says)
+    ((data, metadata),) = notebook
+    assert capsys.readouterr().out == says + "\n"
+    assert data["text/plain"] == says
+    assert metadata == {"image/png": {"alt": says}}
+    assert data["text/html"].startswith('<img alt="Loss &lt; 1 &amp; &quot;falling&quot;." src="data:image/png;base64,')
+    assert data["image/png"] in data["text/html"]
+
+
+def test_a_picture_is_white_and_the_same_each_time(notebook: list) -> None:
+    for _ in range(2):
+        show(draw_timeline(simulate(gpipe(2, 2))), says="two ranks")
+    first, second = (base64.b64decode(data["image/png"]) for data, _ in notebook)
+    assert first == second
+    assert b"Software" not in first and b"matplotlib" not in first.lower()
+    pixels = imread(io.BytesIO(first))
+    assert pixels.shape[1] == 9 * 96
+    assert np.all(pixels[[0, 0, -1, -1], [0, -1, 0, -1]] == 1.0)  # white corners, nothing transparent
+    assert np.all(pixels[..., 3] == 1.0)
+
+
+def test_a_figure_made_elsewhere_becomes_white_and_is_laid_out(notebook: list) -> None:
+    figure = Figure(figsize=(2, 1), facecolor="black")
+    figure.add_subplot()
+    show(figure, says="nothing")
+    assert np.all(imread(io.BytesIO(base64.b64decode(notebook[0][0]["image/png"])))[0, 0] == 1.0)
+    assert type(figure.get_layout_engine()).__name__ == "ConstrainedLayoutEngine"
+
+
+def test_without_a_notebook_only_the_sentence_is_printed(capsys: pytest.CaptureFixture) -> None:
+    show(draw_curve([1.0]), says="one value")
+    assert capsys.readouterr().out == "one value\n"
+
+
+@pytest.mark.parametrize("says", ["", "  \n"])
+def test_a_picture_without_a_sentence(says: str) -> None:
+    with pytest.raises(ValueError, match="says is empty"):
+        show(draw_curve([1.0]), says=says)
+
+
+def test_pyplot_is_not_used() -> None:
+    program = """if True:
+        import sys
+        from course_utils.plots import draw_curve
+        draw_curve([1, 2])
+        assert "matplotlib.pyplot" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+# --- Timelines --------------------------------------------------------------------------------------------------
+
+
+def boxes_of(figure: Figure) -> dict[tuple[float, float, float], PolyCollection]:
+    """{(middle of the lane, start, end): the collection that holds the box}"""
+    found = {}
+    for collection in figure.axes[0].collections:
+        assert isinstance(collection, PolyCollection)
+        for path in collection.get_paths():
+            (left, low), (right, high) = path.vertices.min(axis=0), path.vertices.max(axis=0)
+            found[round((low + high) / 2, 6), round(left, 6), round(right, 6)] = collection
+    return found
+
+
+def test_each_interval_is_a_box_in_the_lane_of_its_rank() -> None:
+    timeline = simulate(one_f_one_b(3, 4), 1, 2, 0.5)
+    boxes = boxes_of(draw_timeline(timeline))
+    assert set(boxes) == {(i.rank, i.start, i.end) for i in timeline}
+    for interval in timeline:
+        box = boxes[interval.rank, interval.start, interval.end]
+        assert (box.get_hatch() is not None) == (interval.kind == "B")
+        assert tuple(box.get_facecolor()[0][:3]) == to_rgb(plots.STYLES[interval.kind]["facecolor"])
+
+
+def test_the_clock_of_the_picture_starts_at_zero() -> None:
+    timeline = Timeline(1, "made by hand", unit="s")
+    timeline.add(0, "F", 0, 0, 1000.0, 1001.0)
+    timeline.add(0, "B", 0, 0, 1002.0, 1004.0)
+    assert set(boxes_of(draw_timeline(timeline))) == {(0, 0, 1), (0, 2, 4)}
+
+
+def test_lanes_label_and_legend() -> None:
+    figure = draw_timeline(simulate(gpipe(3, 2), transfer=0.25))
+    (axes,) = figure.axes
+    assert axes.get_title() == "simulated: forward 1, backward 1, transfer 0.25"
+    assert axes.get_xlabel() == "units of time"
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["rank 0", "rank 1", "rank 2"]
+    low, high = axes.get_ylim()
+    assert low > high  # rank 0 is on top
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["forward", "backward", "idle"]
+    assert [bool(patch.get_hatch()) for patch in figure.legends[0].get_patches()] == [False, True, False]
+
+
+def lightness(color: str) -> float:
+    """Relative luminance (WCAG 2)."""
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_names_can_be_read_on_their_boxes() -> None:
+    for style in plots.STYLES.values():
+        assert (lightness(style["facecolor"]) + 0.05) / 0.05 > 7  # black text
+
+
+@pytest.mark.parametrize(
+    "timeline",
+    [
+        simulate(one_f_one_b(4, 8)),
+        simulate(one_f_one_b(2, 16), 1, 2),
+        simulate(looped(2, 2, 4), 1, 2, 0.5),
+        simulate(gpipe(3, 4), [1, 4, 1], [2, 8, 2]),
+        simulate(gpipe(8, 12), 1, 3),
+    ],
+)
+def test_names_fit_into_their_boxes(timeline: Timeline) -> None:
+    figure = draw_timeline(timeline)
+    FigureCanvasAgg(figure).draw()
+    axes = figure.axes[0]
+    pixels_per_unit = axes.bbox.width / timeline.makespan
+    lengths = {(i.rank, (i.start + i.end) / 2): i.end - i.start for i in timeline}
+    assert axes.texts
+    for text in axes.texts:
+        middle, rank = text.get_position()
+        assert text.get_window_extent().width <= lengths[rank, middle] * pixels_per_unit
+
+
+def test_names_only_where_there_is_room() -> None:
+    def names(timeline: Timeline) -> list[str]:
+        return sorted(text.get_text() for text in draw_timeline(timeline).axes[0].texts)
+
+    assert names(simulate(gpipe(1, 2))) == ["B0", "B1", "F0", "F1"]
+    assert names(simulate(gpipe(8, 32))) == []
+    assert names(simulate(looped(1, 2, 1))) == ["0B0", "0F0", "1B0", "1F0"]
+    assert set(name[0] for name in names(simulate(gpipe(4, 16), 1, 3))) == {"B"}
+
+
+def test_the_sentence_of_a_timeline() -> None:
+    assert describe_timeline(simulate(one_f_one_b(4, 8), 1, 2)) == (
+        "Timeline (simulated: forward 1, backward 2, transfer 0). "
+        "Ranks: 4, micro-batches: 8, makespan: 33 units of time. Every rank computes 73% of that time. "
+        "The bubble is 27.3% of the total time, which is 37.5% of the ideal time."
+    )
+    sentence = describe_timeline(simulate(gpipe(2, 2), [1, 2], [1, 2]))
+    assert "makespan: 10 units of time. Ranks 0 to 1 compute 40%, 80% of that time." in sentence
+
+
+def test_an_empty_timeline_is_told_but_not_drawn() -> None:
+    timeline = Timeline(2, "made by hand")
+    assert describe_timeline(timeline) == "An empty timeline (made by hand)."
+    with pytest.raises(ValueError, match="nothing to draw"):
+        draw_timeline(timeline)
+
+
+# --- Curves -----------------------------------------------------------------------------------------------------
+
+
+def test_a_curve() -> None:
+    (axes,) = draw_curve([4.0, 2.0, 1.0], name="learning rate", log=True, first_step=10).axes
+    (line,) = axes.lines
+    assert list(line.get_xdata()) == [10, 11, 12] and list(line.get_ydata()) == [4, 2, 1]
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_yscale()) == ("step", "learning rate", "log")
+    assert draw_curve([1.0]).axes[0].get_yscale() == "linear"
+
+
+def test_the_sentence_of_a_curve() -> None:
+    assert describe_curve([2.5, 0.1234, 3.0, 1.0], first_step=5) == (
+        "Curve of loss: 2.5 at step 5, 1 at step 8; lowest 0.123 at step 6, highest 3 at step 7."
+    )
+
+
+def test_values_that_are_not_finite_leave_gaps() -> None:
+    values = [1.0, float("nan"), 0.5, float("inf")]
+    line = draw_curve(values, log=True).axes[0].lines[0]
+    assert [bool(np.isfinite(value)) for value in line.get_ydata()] == [True, False, True, False]
+    sentence = describe_curve(values)
+    assert "highest 1 at step 1" in sentence and sentence.endswith("Values that are not finite: 2.")
+    assert describe_curve([float("nan")]) == "Curve of loss: no finite values."
+
+
+def test_curves_that_cannot_be_drawn() -> None:
+    with pytest.raises(ValueError, match="no values of 'loss'"):
+        draw_curve([])
+    with pytest.raises(
+        ValueError, match=re.escape("loss has the value -0.5; a logarithmic axis needs positive values")
+    ):
+        draw_curve([1.0, -0.5], log=True)

@@ -1,0 +1,128 @@
+"""The training loop: what it reports, what it refuses, that it learns."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from course_utils.optimization import Noam
+from course_utils.processes import StageError
+from course_utils.schedules import looped
+from course_utils.threads import run_in_threads
+from course_utils.training import TrainingConfig, answer, train, train_on_one_device
+from course_utils.validity import NotAscending
+
+from tests.models import TINY_RUN
+from tests.test_fingerprint import descending
+
+
+def test_every_step_is_reported_as_soon_as_it_is_done():
+    seen = []
+    result = train(TINY_RUN, run=run_in_threads, on_step=seen.append)
+    assert [step.number for step in seen] == [0, 1, 2]
+    assert seen == result.steps
+    reference = train_on_one_device(TINY_RUN)
+    assert [step.loss for step in seen] == [step.loss for step in reference.steps]
+    assert [step.gradient_norm for step in seen] == [step.gradient_norm for step in reference.steps]
+
+
+def test_the_learning_rate_is_noam_s_and_not_zero_at_first():
+    result = train(TINY_RUN, run=run_in_threads)
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    noam = Noam(optimizer, TINY_RUN.model.d_model, TINY_RUN.warm_up)
+    for step in result.steps:
+        assert step.learning_rate == noam.get_last_lr()[0] > 0
+        optimizer.step()
+        noam.step()
+
+
+def test_weights_of_all_stages_come_back_in_model_order():
+    result = train(TINY_RUN, looped(2, 2, 3), run=run_in_threads)
+    reference = train_on_one_device(TINY_RUN)
+    assert list(result.weights) == list(reference.weights)
+    assert all(torch.equal(result.weights[name], tensor) for name, tensor in reference.weights.items())
+    assert result.answers == reference.answers
+    assert answer(result.config, result.weights, list(result.answers)) == list(result.answers.values())
+
+
+def poison(config: TrainingConfig, monkeypatch: pytest.MonkeyPatch, at_call: int, stage: int) -> None:
+    """Make the gradients of one stage not finite in one step."""
+    from course_utils import training
+
+    original, calls = training.gradient_norms, []
+
+    def poisoned(parameters, num_norms):
+        parameters = list(parameters)
+        calls.append(parameters[0][0])
+        if parameters[0][0] == stage_start and calls.count(stage_start) == at_call:
+            parameters[0][1].grad[:] = float("nan")
+        return original(parameters, num_norms)
+
+    first_names = [name for name, _ in config.cut.build(stage, 0).named_parameters_globally()]
+    stage_start = config.cut.parameter_names.index(first_names[0])
+    monkeypatch.setattr(training, "gradient_norms", poisoned)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_gradient_that_is_not_finite_on_one_stage_skips_the_step_everywhere(monkeypatch, stage):
+    config = replace(TINY_RUN, stages=3, steps=4)
+    poison(config, monkeypatch, at_call=2, stage=stage)
+    result = train(config, run=run_in_threads)
+    assert [step.skipped for step in result.steps] == [False, True, False, False]
+    rates = [step.learning_rate for step in result.steps]
+    assert rates[1] == rates[2]  # the skipped step did not move it
+    assert all(torch.isfinite(tensor).all() for tensor in result.weights.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"stages": 0}, "0 stages"),
+        ({"stages": 99}, "8 blocks into 99"),
+        ({"micro_batches": 0}, "micro-batches is 0"),
+        ({"micro_batches": 1000}, "micro-batches is 1000"),
+        ({"schedule": "magic"}, "'magic'.*naive, gpipe, 1f1b"),
+        ({"steps": -1}, "steps is -1"),
+        ({"held_out": 10**7}, "10000000"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_anything_starts(changes, named):
+    with pytest.raises(ValueError, match=named):
+        replace(TINY_RUN, **changes)
+
+
+def test_an_invalid_schedule_is_refused_before_anything_starts():
+    from course_utils.schedules import gpipe
+
+    with pytest.raises(NotAscending, match="0B1 comes before 0B0"):
+        train(TINY_RUN, descending(gpipe(2, 3)))
+
+
+def test_no_steps_and_nothing_held_out():
+    result = train(replace(TINY_RUN, steps=0, held_out=0), run=run_in_threads)
+    assert (result.steps, result.answers, result.exact_match) == ([], {}, 0)
+
+
+@pytest.mark.processes
+def test_real_processes_give_the_same_run():
+    result = train(replace(TINY_RUN, stages=3))
+    reference = train_on_one_device(TINY_RUN)
+    assert result.fingerprint == reference.fingerprint
+    assert result.answers == reference.answers
+
+
+@pytest.mark.processes
+def test_a_stage_that_fails_is_named():
+    broken = replace(TINY_RUN, model=replace(TINY_RUN.model, max_length=3))
+    with pytest.raises(StageError, match="max_length=3"):
+        train(broken)
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_the_default_recipe_learns_to_read_numbers():
+    """98 % here, so that it does not fail by chance; CHANGELOG and README quote what was seen."""
+    result = train(TrainingConfig())
+    assert result.config.stages == 2
+    assert len(result.answers) == 500
+    assert result.exact_match >= 0.98
+    assert result.seconds < 120
