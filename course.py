@@ -140,9 +140,8 @@ def plan(made_for, wanted):
     if CONSTRAINTS and not keep:
         pip += ["--constraint", CONSTRAINTS]
     if (made_for.get("path"), made_for.get("torch")) != (wanted["path"], torch):
-        steps.append(
-            [sys.executable, "-m", "venv", "--clear", *(["--system-site-packages"] if keep else []), str(VENV)]
-        )
+        see_torch = ["--system-site-packages"] if keep else []
+        steps.append([sys.executable, "-m", "venv", "--clear", *see_torch, str(VENV)])
     if index:  # torch alone, so that its index is asked for nothing else
         steps.append([*pip, "--no-deps", "--retries", "1", "--index-url", index, "torch"])
     kept = [f"torch=={version_of_torch()}"] if keep else []

@@ -37,6 +37,7 @@ def end_with_the_caller() -> None:
 
 try:
     import cloudpickle  # noqa: F401
+    import torch._dynamo  # noqa: F401  a second of work that each worker's first optimizer step would do by itself
     import torch.distributed  # noqa: F401
 finally:
     (HOME / f"ready-{SERVER}").touch()

@@ -78,10 +78,14 @@ def start_server(check: Callable[[], Any]) -> None:
         if not (folder / f"{PRELOAD}.py").exists():
             shutil.copyfile(Path(__file__).with_name("_preload.py"), folder / f"{PRELOAD}.py")
         config = process.current_process()._config  # type: ignore[attr-defined]
-        search_path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
-        with main_stand_in(), changed(config, "tempdir", str(folder)), changed(os.environ, "PYTHONPATH", search_path):
-            forkserver.set_forkserver_preload([PRELOAD])
-            forkserver.ensure_running()
+        try:
+            with main_stand_in(), importable(folder), changed(config, "tempdir", str(folder)):
+                forkserver.set_forkserver_preload([PRELOAD])
+                forkserver.ensure_running()
+        except BaseException:
+            if server_pid is None:
+                remove_home()
+            raise
         pid = server._forkserver_pid
         if pid != before:
             server_pid = pid
@@ -100,6 +104,24 @@ def start_process(method: str, target: Callable, args: tuple) -> BaseProcess:
         # code takes it from the other, so ours are polled by their own run alone.
         process._children.discard(started)  # type: ignore[attr-defined]
     return started
+
+
+@contextlib.contextmanager
+def must_answer(until: float) -> Iterator[None]:
+    """Kill the server if it has not started the processes by then (time.monotonic()): who waits for it is told so."""
+
+    def kill() -> None:
+        if server_pid is not None:
+            os.kill(server_pid, signal.SIGKILL)
+
+    timer = threading.Timer(max(0.0, until - time.monotonic()), kill)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
 
 
 def block_interrupt() -> None:
@@ -130,6 +152,18 @@ def main_stand_in() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def importable(folder: Path) -> Iterator[None]:
+    """Let the server find its preload: it looks in PYTHONPATH, or since Python 3.12.8 and 3.13.1 in our sys.path."""
+    search_path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+    sys.path.insert(0, str(folder))
+    try:
+        with changed(os.environ, "PYTHONPATH", search_path):
+            yield
+    finally:
+        sys.path.remove(str(folder))
+
+
+@contextlib.contextmanager
 def changed(mapping: Any, key: str, value: Any) -> Iterator[None]:
     before = mapping.get(key)
     mapping[key] = value
@@ -143,8 +177,10 @@ def changed(mapping: Any, key: str, value: Any) -> Iterator[None]:
 
 
 def remove_home() -> None:
+    global home
     if home is not None:
         shutil.rmtree(home, ignore_errors=True)
+        home = None
 
 
 def forget_server() -> None:

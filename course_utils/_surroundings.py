@@ -1,15 +1,45 @@
 """What the workers get from the place where their caller runs."""
 
 import os
+import secrets
 import sys
-
-import psutil
+from dataclasses import dataclass
+from pathlib import Path
 
 # Meant for the caller's own group of ranks, if it is itself started by torchrun or the like.
 FOREIGN_VARIABLES = {
     *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
     *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "GLOO_SOCKET_IFNAME"),
 }
+
+
+@dataclass
+class Settings:
+    """What a worker must know before it can read its function."""
+
+    folder: Path  # of this run, mode 0700: the FileStore and the status file
+    token: bytes  # known to the workers of this run only
+    interface: str | None  # the network interface that holds 127.0.0.1
+    startup_limit: float  # seconds
+    wait_limit: float  # seconds, for one wait
+    environment: dict[str, str]
+    search_path: list[str]
+    sources: dict[str, list[str]]
+
+
+def settings_for_workers(
+    folder: Path, startup_limit: float, wait_limit: float, sources: dict[str, list[str]]
+) -> Settings:
+    return Settings(
+        folder=folder,
+        token=secrets.token_bytes(32),
+        interface=loopback_interface(),
+        startup_limit=startup_limit,
+        wait_limit=wait_limit,
+        environment=environment_for_workers(),
+        search_path=list(sys.path),
+        sources=sources,
+    )
 
 
 def environment_for_workers() -> dict[str, str]:
@@ -25,6 +55,8 @@ def loopback_interface() -> str | None:
     """The name of the network interface that holds 127.0.0.1, for gloo to listen on; None where gloo takes no names."""
     if sys.platform == "win32":
         return None
+    import psutil  # here, because the workers import this module too and need no psutil
+
     for name, addresses in psutil.net_if_addrs().items():
         if any(address.address == "127.0.0.1" for address in addresses):
             return name

@@ -8,9 +8,7 @@ import atexit
 import os
 import pickle
 import queue
-import secrets
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -98,13 +96,7 @@ class Watcher:
     def run(self) -> None:
         active.add(self)
         try:
-            _server.block_interrupt()
-            self.start_all()
-            self.listen()
-            self.results = [stage.result[0] for stage in self.stages]
-        except RunEnded as ended:
-            self.failure = ended.failure
-            self.others = self.describe_others(ended.failure)
+            self.start_and_listen()
         except BaseException as error:
             self.error = error
         try:
@@ -115,31 +107,36 @@ class Watcher:
         self.events.put(END)
         self.done.set()
 
+    def start_and_listen(self) -> None:
+        try:
+            _server.block_interrupt()
+            self.start_all()
+            self.listen()
+            self.results = [stage.result[0] for stage in self.stages]
+        except RunEnded as ended:
+            self.failure = ended.failure
+            self.others = self.describe_others(ended.failure)
+
     # ---- start ----
 
     def start_all(self) -> None:
         options = self.options
+        self.check_limits()
         if self.method == "forkserver":
             _server.start_server(self.check_limits)
         self.folder = _server.make_run_folder(self.method)
         _status_file.create(self.folder / "status", self.world_size)
-        for rank in range(self.world_size):
-            self.check_limits()
-            self.stages.append(self.start_one(rank, self.folder))
+        with _server.must_answer(self.began + options.startup_limit):
+            for rank in range(self.world_size):
+                self.check_limits()
+                self.stages.append(self.start_one(rank, self.folder))
         self.sources[self.wake_up] = self.check_limits
         for stage in self.stages:
             self.sources[stage.control] = partial(self.read_control, stage)
             self.sources[stage.output] = partial(self.read_output, stage)
             self.sources[stage.process.sentinel] = partial(self.note_death, stage)
-        settings = _worker.Settings(
-            folder=self.folder,
-            token=secrets.token_bytes(32),
-            interface=_surroundings.loopback_interface(),
-            startup_limit=options.startup_limit,
-            wait_limit=options.wait_limit,
-            environment=_surroundings.environment_for_workers(),
-            search_path=list(sys.path),
-            sources=self.parcel.sources,
+        settings = _surroundings.settings_for_workers(
+            self.folder, options.startup_limit, options.wait_limit, self.parcel.sources
         )
         # In a thread: arguments may be large, and a worker that does not read them must not keep this thread waiting.
         self.sender = threading.Thread(target=self.send_all, args=(pickle.dumps(settings),), daemon=True)
@@ -150,7 +147,11 @@ class Watcher:
         output, workers_output = Pipe(duplex=False)
         with workers_control, workers_output:
             args = (rank, self.world_size, self.method, folder, workers_control, workers_output)
-            process = _server.start_process(self.method, _worker.main, args)
+            try:
+                process = _server.start_process(self.method, _worker.main, args)
+            except (EOFError, OSError):  # the server has gone, perhaps because it did not answer in time
+                self.check_limits()
+                raise
         return Stage(rank, process, control, output)
 
     def send_all(self, settings: bytes) -> None:
@@ -184,10 +185,9 @@ class Watcher:
         if late or not self.stages:
             limits.append(self.began + self.options.startup_limit)
             if now > limits[-1]:
-                who = (
-                    f"{name_stages(late)} did not start" if late else "the server that starts the stages was not ready"
-                )
-                raise RunEnded(Failure("limit", None, f"{who} within {self.options.startup_limit:g} s (startup_limit)"))
+                who = name_stages(late) if late else "the server that starts the stages"
+                limit = f"within {self.options.startup_limit:g} s (startup_limit)"
+                raise RunEnded(Failure("limit", None, f"{who} did not start {limit}"))
         if self.options.limit is not None:
             limits.append(self.began + self.options.limit)
             if now > limits[-1]:

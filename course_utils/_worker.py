@@ -19,7 +19,6 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection, wait
@@ -33,6 +32,7 @@ import torch.distributed as dist
 from course_utils import _pipes
 from course_utils._by_value import shorten, show_sources
 from course_utils._status_file import StatusRecord
+from course_utils._surroundings import Settings
 from course_utils.transports import PeerLost, TorchTransport, WaitTimeout, Worker
 
 PDEATHSIG = 1  # prctl(PR_SET_PDEATHSIG, signal): Linux sends the signal when the parent has gone
@@ -40,20 +40,6 @@ PDEATHSIG = 1  # prctl(PR_SET_PDEATHSIG, signal): Linux sends the signal when th
 DIST_ERRORS = (RuntimeError, dist.DistError, dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
 GLOO_TIMEOUTS = ("Timed out", "timed out", "Wait timeout")
 GLOO_LOSSES = ("Connection closed by peer", "Connection reset", "Broken pipe")
-
-
-@dataclass
-class Settings:
-    """What a worker must know before it can read its function."""
-
-    folder: Path  # of this run, mode 0700: the FileStore and the status file
-    token: bytes  # known to the workers of this run only
-    interface: str | None  # the network interface that holds 127.0.0.1
-    startup_limit: float  # seconds
-    wait_limit: float  # seconds, for one wait
-    environment: dict[str, str]
-    search_path: list[str]
-    sources: dict[str, list[str]]
 
 
 def main(rank: int, world_size: int, method: str, folder: Path, control: Connection, output: Connection) -> None:
@@ -176,7 +162,7 @@ def redirect_output(output: Connection) -> None:
             library = ctypes.CDLL(None)
             stdout = ctypes.c_void_p.in_dll(library, "__stdoutp" if sys.platform == "darwin" else "stdout")
             library.setvbuf(stdout, None, 2, 0)  # _IONBF
-    text = io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", write_through=True)
+    text = io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", newline="\n", write_through=True)
     sys.stdout = sys.stderr = sys.__stdout__ = sys.__stderr__ = text  # type: ignore[misc]
 
 
@@ -187,19 +173,12 @@ def make_ready(
     os.environ.update(settings.environment)
     sys.path[:] = settings.search_path
     show_sources(settings.sources)
-    torch.set_num_threads(
-        1
-    )  # a stage is one thread: more would compete for the cores, and change the last bits of sums
+    torch.set_num_threads(1)  # more would compete for the cores, and change the last bits of sums
     fn, args = pickle.loads(caller.receive())
     status.waiting("all stages to start")
     data_group = join_groups(rank, world_size, settings)
-    return (
-        Worker(
-            rank, world_size, TorchTransport(rank, world_size, data_group, status, settings.wait_limit), caller.emit
-        ),
-        fn,
-        args,
-    )
+    transport = TorchTransport(rank, world_size, data_group, status, settings.wait_limit)
+    return Worker(rank, world_size, transport, caller.emit), fn, args
 
 
 def join_groups(rank: int, world_size: int, settings: Settings) -> dist.ProcessGroup:

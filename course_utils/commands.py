@@ -75,8 +75,8 @@ def train_command(options: argparse.Namespace) -> int:
             tokens += step.tokens
             rate = tokens / (time.perf_counter() - started)
             bar.set_postfix_str(
-                f"loss {step.loss:.3f}, learning rate {step.learning_rate:.1e}, gradient norm {step.gradient_norm:.2f}, "
-                f"{rate:,.0f} tokens/s"
+                f"loss {step.loss:.3f}, learning rate {step.learning_rate:.1e}, "
+                f"gradient norm {step.gradient_norm:.2f}, {rate:,.0f} tokens/s"
             )
             bar.update()
 

@@ -107,7 +107,7 @@ def run_part(stage: Stage, part: str, carry: Carry, batch: Batch) -> Carry:
 
 
 def specs_after(cut: CutModel, part: str, stage: int, batch: Batch) -> Specs:
-    """What a stage hands on in one part of a decode: the memory once, in the encoder's part, then hidden states alone."""
+    """What a stage hands on: in the encoder's part the memory too, in the decoder's part hidden states alone."""
     hidden, memory = cut.carry_after(stage, batch.geometry)
     ends_in = cut.builders[cut.partition[stage][-1]].part
     if part == "encoder":

@@ -1,4 +1,4 @@
-"""One short string for a whole run: two runs that agree in every bit of losses, gradients and weights have the same one."""
+"""One short string for a whole run: equal for two runs that agree in every bit of losses, gradients and weights."""
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,8 +10,8 @@ from torch import Tensor
 class StageRecord:
     """What one rank adds to the fingerprint of a run.
 
-    Gradients and weights are recorded per parameter, under names that are the same for every cut of the model, so that the
-    records of any number of ranks can be put together again.
+    Gradients and weights are recorded per parameter, under names that are the same for every cut of the model, so
+    that the records of any number of ranks can be put together again.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class StageRecord:
         if tensor is None:
             digest.update(b"none")
         else:
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
 
     def add_gradients(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
         for name, parameter in parameters:

@@ -13,8 +13,8 @@ class Noam(LRScheduler):
 
         lr = factor * d_model^-0.5 * min(step^-0.5, step * warm_up^-1.5)
 
-    The step counts from 1, so the first update of the optimizer already has a learning rate above 0. Call `step()` after
-    `optimizer.step()`, and only then. The optimizer's own learning rate is multiplied in: leave it at 1.0.
+    The step counts from 1, so the first update of the optimizer already has a learning rate above 0. Call `step()`
+    after `optimizer.step()`, and only then. The optimizer's own learning rate is multiplied in: leave it at 1.0.
 
     Args:
         d_model: width of the model.
@@ -34,7 +34,7 @@ class Noam(LRScheduler):
         self.d_model, self.warm_up, self.factor = d_model, warm_up, factor
         super().__init__(optimizer)
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         step = self.last_epoch + 1
         scale = self.factor * self.d_model**-0.5 * min(step**-0.5, step * self.warm_up**-1.5)
         return [base * scale for base in self.base_lrs]
@@ -60,8 +60,8 @@ def gradient_norms(parameters: Iterable[tuple[int, Tensor]], num_norms: int) -> 
 def clip_by_global_norm(parameters: Iterable[Tensor], norms: Tensor, max_norm: float) -> float:
     """Scale the gradients of this rank so that the norm over *all* ranks is at most max_norm; return the norm before.
 
-    The global norm is the norm of the vector of all parameters' norms in model order, as in torch's `clip_grad_norm_` on
-    one device. Adding up the squares of each stage first would differ in the last bit in about half of all cases.
+    The global norm is the norm of the vector of all parameters' norms in model order, as in torch's `clip_grad_norm_`
+    on one device. Adding up the squares of each stage first would differ in the last bit in about half of all cases.
 
     Args:
         norms: (number of parameters of the model,) the norms of all ranks.

@@ -9,7 +9,7 @@ from torch import Tensor
 from course_utils.number_words import Batch
 from course_utils.schedules import Action, Schedule
 from course_utils.stages import Stage
-from course_utils.transfer import Exchange, Geometry, Specs, StepPlan
+from course_utils.transfer import Exchange, Geometry, PlanMismatch, Specs, StepPlan
 from course_utils.transports import Transport
 from course_utils.validity import posting_plan
 
@@ -75,8 +75,8 @@ class Pipeline:
     def expect(self, plan: StepPlan) -> None:
         """Post the receives with which the next step begins, before the ranks have compared its plan.
 
-        Over a long line the next step begins two delays earlier: a rank that has compared can send at once. Receives of a
-        wrong size do no harm as long as nobody sends, and a rank that sees different plans never does.
+        Over a long line the next step begins two delays earlier: a rank that has compared can send at once. Receives
+        of a wrong size do no harm as long as nobody sends, and a rank that sees different plans never does.
 
         Only for a step that comes next: whatever is sent next on the same channels arrives in these buffers.
         """
@@ -104,10 +104,10 @@ class Pipeline:
         self.handed_over: dict[Action, Tensors] = {}  # between two stages of this rank
         self.losses: dict[int, Tensor] = {}
         self.peak_stash = 0
-        if self.expected is None:
-            self.expect(plan)
-        assert self.expected is not None and self.expected.plan.digest == plan.digest, "another step was expected"
-        self.exchange, self.expected = self.expected, None
+        self.exchange = self.expected or Exchange(self.transport, self.schedule, plan, self.posting, self.device)
+        self.expected = None
+        if self.exchange.plan.digest != plan.digest:
+            raise PlanMismatch(f"expect() was told {self.exchange.plan}; this step has {plan}. Give it the same plan.")
         with self.compute_context():
             for number, action in enumerate(self.schedule.actions[self.transport.rank], start=1):
                 arrived = self.take_in(action)
@@ -163,8 +163,11 @@ class Pipeline:
         """Gradients of all that this stage handed on enter together, as roots; those of its leaves come out."""
         leaves, carry = self.stash.pop((action.stage, action.micro_batch))
         if self.stages[action.stage].is_last:
-            carry[0].backward()
-        else:
-            roots = [(t, gradient) for t, gradient in zip(carry, arrived, strict=True) if gradient is not None]
-            torch.autograd.backward([t for t, _ in roots], [gradient for _, gradient in roots])
+            arrived = (None,)  # the loss is a scalar and needs no gradient from outside
+        roots = [
+            (tensor, gradient)
+            for tensor, gradient in zip(carry, arrived, strict=True)
+            if tensor is not None and (gradient is not None or tensor.dim() == 0)
+        ]
+        torch.autograd.backward([tensor for tensor, _ in roots], [gradient for _, gradient in roots])
         return tuple(None if leaf is None else leaf.grad for leaf in leaves)

@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
 from course_utils.timeline import KINDS, Interval, Timeline
 
@@ -45,10 +46,11 @@ def show(figure: Figure, says: str) -> None:
         return  # a script or a test: nobody can look at pictures
     if figure.get_layout_engine() is None:
         figure.set_layout_engine("constrained")
-    buffer = io.BytesIO()
-    # Without the name of the software the bytes do not change with its version.
-    figure.savefig(buffer, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
-    png = base64.b64encode(buffer.getvalue()).decode()
+    drawn, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=DPI, facecolor="white")
+    # With a palette of 256 colours a picture takes a third of the room, and the version of matplotlib is left out.
+    Image.open(drawn).convert("RGB").quantize(256).save(small, format="png", optimize=True)
+    png = base64.b64encode(small.getvalue()).decode()
     picture = {
         "image/png": png,
         "text/html": f'<img alt="{html.escape(says)}" src="data:image/png;base64,{png}">',
@@ -79,7 +81,7 @@ def draw_timeline(timeline: Timeline) -> Figure:
 
 def write_names(axes: Axes, timeline: Timeline, begin: float) -> None:
     """The names of all boxes that are wide enough for the longest name."""
-    several = has_several_stages(timeline)
+    several = len(set(zip(timeline.rank, timeline.stage, strict=True))) > len(set(timeline.rank))
 
     def name(interval: Interval) -> str:
         return f"{interval.stage if several else ''}{interval.kind}{interval.micro_batch}"
@@ -92,12 +94,6 @@ def write_names(axes: Axes, timeline: Timeline, begin: float) -> None:
             middle = (interval.start + interval.end) / 2 - begin
             text = axes.text(middle, interval.rank, name(interval), ha="center", va="center", fontsize=FONT_SIZE)
             text.set_bbox({"facecolor": STYLES[interval.kind]["facecolor"], "linewidth": 0, "pad": 1})
-
-
-def has_several_stages(timeline: Timeline) -> bool:
-    """Whether some rank computes more than one stage."""
-    places = set(zip(timeline.rank, timeline.stage, strict=True))
-    return len(places) > len({rank for rank, _ in places})
 
 
 def describe_timeline(timeline: Timeline) -> str:

@@ -49,6 +49,7 @@ class Run:
         parcel = _by_value.pack(fn, args)
         self._cells = _by_value.cell_names(parcel.sources)
         self._watcher = Watcher(parcel, world_size, options)
+        self._has_begun = False
 
     def result(self, timeout: float | None = None) -> list:
         """Wait for the end; return what the function returned, by rank.
@@ -83,9 +84,10 @@ class Run:
 
     def stop(self) -> None:
         """End the run: returns when no process is left. Does nothing if it has ended already."""
-        if self._watcher.thread.is_alive():
-            self._watcher.stop()
-            wait_for(self._watcher.done, SECONDS_TO_STOP)
+        self._watcher.stop()
+        if self._has_begun:
+            # An interrupt may have come while the thread was just being started: then it is not known to be there yet.
+            wait_for(self._watcher.done, SECONDS_TO_STOP if self._watcher.thread.ident else POLL)
 
     def __enter__(self) -> "Run":
         return self
@@ -94,6 +96,7 @@ class Run:
         self.stop()
 
     def _begin(self) -> None:
+        self._has_begun = True
         self._watcher.thread.start()
 
     @contextmanager

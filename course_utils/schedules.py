@@ -26,7 +26,7 @@ class Action(NamedTuple):
 
 
 class Message(NamedTuple):
-    """What crosses the border between two stages: activations if it goes to the next stage, gradients if it goes back."""
+    """What crosses the border between two stages: activations on the way forward, gradients on the way back."""
 
     source: int
     destination: int
@@ -77,7 +77,7 @@ class Schedule:
         return Action(action.kind, stage, action.micro_batch) if 0 <= stage < self.num_stages else None
 
     def received_by(self, action: Action) -> Message | None:
-        """The message that an action needs from another rank, or None (nothing, or a stage of the same rank, gives it)."""
+        """The message that an action needs from another rank, or None if it needs none."""
         source = self.source_of(action)
         if source is None or self.rank_of_stage[source.stage] == self.rank_of_stage[action.stage]:
             return None
@@ -134,7 +134,10 @@ def gpipe(num_stages: int, num_micro_batches: int) -> Schedule:
 
 
 def one_f_one_b(num_stages: int, num_micro_batches: int) -> Schedule:
-    """One forward, one backward (Narayanan et al., 2021, section 2.2): as fast as GPipe, stage k keeps min(M, K - k)."""
+    """One forward, one backward (Narayanan et al., 2021, section 2.2): stage k keeps min(M, K - k) micro-batches.
+
+    As fast as GPipe, which keeps M everywhere.
+    """
     check_sizes(num_stages, num_micro_batches)
     rows = []
     for k in range(num_stages):
@@ -187,7 +190,7 @@ def parse(text: str, rank_of_stage: Sequence[int] | None = None) -> Schedule:
     """Read what `Schedule.to_text` writes.
 
     Args:
-        text: one line per rank; spaces do not count, an empty line is a rank that does nothing.
+        text: one line per rank; spaces do not count, an empty line between two others is a rank that does nothing.
         rank_of_stage: by default it is taken from the lines in which the stages appear.
 
     Raises:

@@ -1,8 +1,8 @@
 """The ranks of a run as threads of one process: every message is known, so a deadlock is known at once and exactly.
 
 The same function that runs on real processes runs here. Messages can be made to move as in any model of queues of
-`validity.py`, and schedules that hang may be run on purpose: instead of hanging they end with a `Deadlock` that names who
-waits for whom.
+`validity.py`, and schedules that hang may be run on purpose: instead of hanging they end with a `Deadlock` that names
+who waits for whom.
 """
 
 import threading
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from course_utils.transports import PeerLost, TransferError, WaitTimeout, Worker
+from course_utils.transports import PeerLost, TransferError, WaitTimeout, Worker, describe
 from course_utils.validity import QUEUES, check_model
 
 
@@ -25,8 +25,8 @@ class ThreadOperation:
     """One side of a message: a send or a receive of one rank."""
 
     def __init__(self, kind: str, rank: int, peer: int, label: object, tensor: torch.Tensor, control: bool):
-        self.kind, self.rank, self.peer, self.label, self.tensor, self.control = kind, rank, peer, label, tensor, control
-        self.done = False
+        self.kind, self.rank, self.peer, self.label = kind, rank, peer, label
+        self.tensor, self.control, self.done = tensor, control, False
         self.queue: deque[ThreadOperation] | None = None  # operations of this rank that move one after another
 
     @property
@@ -56,6 +56,7 @@ class Switchboard:
         self.waits: dict[int, ThreadOperation] = {}  # what each blocked rank waits for
         self.ended: dict[int, BaseException | None] = {}
         self.deadlock: str | None = None
+        self.stopped = False
 
     def issue(self, operation: ThreadOperation) -> ThreadOperation:
         with self.changed:
@@ -69,7 +70,7 @@ class Switchboard:
         return operation
 
     def move(self, operation: ThreadOperation) -> None:
-        """Let through all that can move now that this operation has been issued, or has come to the head of its queue."""
+        """Let through all that can move now that this operation is issued, or at the head of its queue."""
         todo = [operation]
         while todo:
             operation = todo.pop()
@@ -93,16 +94,41 @@ class Switchboard:
         give_up = time.monotonic() + self.limit
         with self.changed:
             self.waits[operation.rank] = operation
-            while not operation.done:
-                self.look_for_deadlock()
-                if self.deadlock:
-                    raise Deadlock(self.deadlock)
-                failed = [rank for rank, error in self.ended.items() if error is not None]
-                if failed:
-                    raise PeerLost(f"{operation}, but rank {failed[0]} failed")
-                if not self.changed.wait(max(0.0, give_up - time.monotonic())):
-                    raise WaitTimeout(f"{operation}: given up after {self.limit:g} s")
-            del self.waits[operation.rank]
+            try:
+                while not operation.done:
+                    self.look_for_deadlock()
+                    if self.deadlock:
+                        raise Deadlock(self.deadlock)
+                    failed = [rank for rank, error in self.ended.items() if error is not None]
+                    if failed:
+                        raise PeerLost(f"{operation}, but rank {failed[0]} failed")
+                    if self.stopped:
+                        raise PeerLost(f"{operation}, but the run was stopped")
+                    if not self.changed.wait(max(0.0, give_up - time.monotonic())):
+                        raise WaitTimeout(f"{operation}: given up after {self.limit:g} s")
+            finally:
+                del self.waits[operation.rank]
+
+    def wait_for_an_end(self, seconds: float) -> bool:
+        """Wait until something changes; whether all ranks have ended."""
+        with self.changed:
+            if len(self.ended) < self.world_size:
+                self.changed.wait(max(0.0, seconds))
+            return len(self.ended) == self.world_size
+
+    def what_ranks_do(self) -> str:
+        """`rank 0 has ended; rank 1 waits for ...; rank 2 computes`"""
+        with self.changed:
+            states = {rank: f"rank {rank} computes" for rank in range(self.world_size)}
+            states |= {rank: str(operation) for rank, operation in self.waits.items()}
+            states |= {rank: f"rank {rank} has ended" for rank in self.ended}
+            return "; ".join(states.values())
+
+    def stop(self) -> None:
+        """End every rank at its next wait."""
+        with self.changed:
+            self.stopped = True
+            self.changed.notify_all()
 
     def end(self, rank: int, error: BaseException | None) -> None:
         with self.changed:
@@ -113,7 +139,7 @@ class Switchboard:
     def look_for_deadlock(self) -> None:
         blocked = [operation for operation in self.waits.values() if not operation.done]
         if self.deadlock is None and not any(self.ended.values()) and len(blocked) + len(self.ended) == self.world_size:
-            self.deadlock = self.describe_deadlock(blocked[0])
+            self.deadlock = self.describe_deadlock(min(blocked, key=lambda operation: operation.rank))
             self.changed.notify_all()
 
     def describe_deadlock(self, operation: ThreadOperation | None) -> str:
@@ -125,7 +151,9 @@ class Switchboard:
             reasons.append(reason)
         if operation is None:
             return "nobody can go on: " + "; ".join(reasons)
-        return "deadlock: " + "; ".join(reasons[path.index(operation) :])
+        circle, reasons = path[path.index(operation) :], reasons[path.index(operation) :]
+        first = min(range(len(circle)), key=lambda i: (circle[i].rank, reasons[i]))  # whoever blocked first
+        return "deadlock: " + "; ".join(reasons[first:] + reasons[:first])
 
     def obstacle(self, operation: ThreadOperation) -> tuple[str, ThreadOperation | None]:
         """Why an operation does not move, and what must move first; None if its peer has ended."""
@@ -140,11 +168,6 @@ class Switchboard:
         if operation.peer in self.ended:
             return f"{operation}, but rank {operation.peer} has ended", None
         return str(operation), self.waits.get(operation.peer)
-
-
-def describe(tensor: torch.Tensor) -> str:
-    """`2x3 float32`"""
-    return f"{'x'.join(map(str, tensor.shape)) or 'a scalar'} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 class ThreadTransport:
@@ -170,17 +193,21 @@ def run_in_threads(
     *arguments: Any,
     queues: str = "buffered",
     limit: float = 60.0,
+    run_limit: float = 3600.0,
     on_event: Callable[[int, Any], None] | None = None,
 ) -> list:
     """Run function(worker, *arguments) once per rank, each in a thread; return the results by rank.
 
     Args:
         queues: the model of queues, a key of `validity.QUEUES`.
-        limit: seconds after which a single wait, and the run after its last sign of life, is given up.
+        limit: seconds after which a single wait is given up.
+        run_limit: seconds after which the whole run is given up. Threads cannot be killed: a rank that computes for
+            ever does so until its process ends.
         on_event: called with (rank, event) for every `worker.emit(event)`, in the thread of the rank.
 
     Raises:
         Deadlock: as soon as no rank can go on.
+        WaitTimeout: a limit was passed; it says what every rank was doing.
         Exception: whatever the function raised first; the other ranks are stopped at their next wait.
     """
     if world_size < 1:
@@ -201,20 +228,26 @@ def run_in_threads(
         board.end(rank, error)
 
     num_threads = torch.get_num_threads()
-    threads = [threading.Thread(target=run, args=(rank,), name=f"rank {rank}", daemon=True) for rank in range(world_size)]
+    threads = [threading.Thread(target=run, args=(r,), name=f"rank {r}", daemon=True) for r in range(world_size)]
+    give_up = time.monotonic() + run_limit
     try:
         for thread in threads:
             thread.start()
-        for thread in threads:
-            while thread.is_alive() and not errors:
-                thread.join(0.05)
-        for thread in threads if errors else []:
-            thread.join(limit)
+        while any(thread.is_alive() for thread in threads):
+            if errors:
+                give_up = min(give_up, time.monotonic() + LAST_SECONDS)
+            if not board.wait_for_an_end(min(0.05, give_up - time.monotonic())) and time.monotonic() > give_up:
+                errors.append(WaitTimeout(f"given up: {board.what_ranks_do()}"))
+                break
     finally:
+        board.stop()
         torch.set_num_threads(num_threads)
     if errors:
         raise first_cause(errors)
     return results
+
+
+LAST_SECONDS = 5.0  # that the other ranks get to reach their next wait after one has failed
 
 
 def first_cause(errors: list[BaseException]) -> BaseException:

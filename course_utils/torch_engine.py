@@ -54,6 +54,9 @@ class TensorsOnly(nn.Module):
 class TorchPipeline(Pipeline):
     """Like `Pipeline`, but a step is run by torch's ScheduleGPipe or Schedule1F1B."""
 
+    def expect(self, plan: StepPlan) -> None:
+        """Torch's engine posts its receives itself, each when it needs it."""
+
     def step(
         self,
         micro_batches: Sequence[Batch],

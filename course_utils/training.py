@@ -34,10 +34,10 @@ class TrainingConfig:
     steps: int = 1200
     batch_size: int = 64
     warm_up: int = 400
-    learning_rate_factor: float = 1.0
+    learning_rate_factor: float = 0.5
     max_norm: float = 1.0
     seed: int = 0
-    model: TransformerConfig = field(default_factory=TransformerConfig)
+    model: TransformerConfig = field(default_factory=lambda: TransformerConfig(dropout=0.1))
     lowest: int = 0
     highest: int = 999_999
     training_numbers: int | None = 20_000
@@ -149,8 +149,10 @@ def train_rank(
         own_norms = gradient_norms(((place[name], parameter) for name, parameter in named), len(place))
         micro_batches = micro_batches_of(config, numbers.training, step + 1)
         plan = pipeline.plan(micro_batches)
+        if step + 1 < config.steps:
+            pipeline.expect(plan)
         norms = agreement.share(own_norms, plan)
-        learning_rate = noam.get_last_lr()[0]
+        learning_rate = float(noam.get_last_lr()[0])
         norm = clip_by_global_norm(parameters, norms, config.max_norm)
         if math.isfinite(norm):
             optimizer.step()
@@ -218,7 +220,8 @@ def train(
 def train_on_one_device(config: TrainingConfig) -> TrainingResult:
     """The same training without a pipeline: a plain loop over the micro-batches. The reference for all others.
 
-    It computes on one thread, as every stage does: with more, sums are cut into other pieces and their last bits differ.
+    It computes on one thread, as every stage does: with more, sums are cut into other pieces and their last bits
+    differ.
     """
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -251,7 +254,7 @@ def plain_loop(config: TrainingConfig) -> TrainingResult:
         record.add_losses(losses)
         if step < config.recorded_steps:
             record.add_gradients(named)
-        learning_rate = noam.get_last_lr()[0]
+        learning_rate = float(noam.get_last_lr()[0])
         norm = clip_by_global_norm(parameters, gradient_norms(enumerate(parameters), len(parameters)), config.max_norm)
         if math.isfinite(norm):
             optimizer.step()

@@ -1,8 +1,8 @@
 """The messages of one step: what each looks like, when its receive is posted, when its send is over.
 
 Nothing here is found out by trial: all ranks compute the same plan of a step before any data moves. That is necessary.
-gloo ends the receiving process if a buffer is too small, fills part of it if it is too large, and takes bytes of another
-dtype as they are.
+gloo ends the receiving process if a buffer is too small, fills part of it if it is too large, and takes bytes of
+another dtype as they are.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ import torch
 from course_utils.number_words import Geometry
 from course_utils.schedules import Message, Schedule
 from course_utils.transformer import CarrySpec
-from course_utils.transports import Transport, TransferError
+from course_utils.transports import TransferError, Transport, describe
 from course_utils.validity import PostingPlan
 
 Specs = tuple[CarrySpec | None, ...]  # what crosses a border: one entry per tensor of the carry
@@ -34,9 +34,7 @@ class StepPlan:
         num_stages: K.
     """
 
-    def __init__(
-        self, geometries: Sequence[Geometry], carry_after: Callable[[int, Geometry], Specs], num_stages: int
-    ):
+    def __init__(self, geometries: Sequence[Geometry], carry_after: Callable[[int, Geometry], Specs], num_stages: int):
         self.geometries = tuple(geometries)
         self.carries = [[carry_after(stage, g) for g in self.geometries] for stage in range(num_stages - 1)]
 
@@ -58,14 +56,18 @@ class StepPlan:
 
     def __str__(self) -> str:
         pieces = [f"{rows} rows, {source} -> {target} tokens" for rows, source, target in self.geometries]
-        return f"{len(pieces)} micro-batches over {len(self.carries) + 1} stages: " + "; ".join(pieces)
+        borders = [
+            f"stage {stage} hands on " + " and ".join(map(describe, carries[0]))
+            for stage, carries in enumerate(self.carries)
+        ]
+        return f"{len(pieces)} micro-batches over {len(borders) + 1} stages: " + "; ".join(pieces + borders)
 
 
 class Exchange:
     """The messages of one rank during one step.
 
-    Receives are posted in the order in which the sender sends, so no message needs a tag. Sends never block: each is kept
-    until a message arrives that the peer can only have sent after it had used ours, the rest until `finish`.
+    Receives are posted in the order in which the sender sends, so no message needs a tag. Sends never block: each is
+    kept until a message arrives that the peer can only have sent after it had used ours, the rest until `finish`.
     """
 
     def __init__(self, transport: Transport, schedule: Schedule, plan: StepPlan, posting: PostingPlan, device: str):
@@ -116,8 +118,8 @@ class Exchange:
         operations = self.outbox[message] = []
         for tensor, spec in zip(tensors, specs, strict=True):
             if spec is not None:
-                check_tensor(message, tensor, spec)
-                operations.append(self.transport.isend(tensor.contiguous(), destination, message))
+                checked = check_tensor(message, tensor, spec)
+                operations.append(self.transport.isend(checked.contiguous(), destination, message))
 
     def close(self, sent: Message) -> None:
         """Let go of a send that the peer has used: its wait returns at once."""
@@ -130,21 +132,22 @@ class Exchange:
             self.close(message)
 
 
-def check_tensor(message: Message, tensor: torch.Tensor | None, spec: CarrySpec) -> None:
-    """Raises PlanMismatch unless the tensor is what the receiver has a buffer for."""
+def check_tensor(message: Message, tensor: torch.Tensor | None, spec: CarrySpec) -> torch.Tensor:
+    """The tensor, if it is what the receiver has a buffer for. Raises PlanMismatch."""
     if tensor is None or tensor.shape != spec.shape or tensor.dtype != spec.dtype:
-        given = "nothing" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
         raise PlanMismatch(
-            f"{message} (stage {message.source} to {message.destination}): the plan says {tuple(spec.shape)} "
-            f"{spec.dtype}, the stage gave {given}"
+            f"{message} (stage {message.source} to {message.destination}): the plan says {describe(spec)}, "
+            f"the stage gave {describe(tensor)}"
         )
+    return tensor
 
 
 class Gathering:
     """One tensor of bytes from every rank to every rank, on the control group.
 
-    Receives are posted when it is made, at the start of a step, so that at its end each message is under way as soon as it
-    is sent. (An all-reduce sends its messages one after another: over a long line it costs several delays instead of one.)
+    Receives are posted when it is made, at the start of a step, so that at its end each message is under way as soon
+    as it is sent. (An all-reduce sends its messages one after another: over a long line it costs several delays
+    instead of one.)
     """
 
     def __init__(self, transport: Transport, num_bytes: int, label: str):
@@ -158,7 +161,7 @@ class Gathering:
         sends = [self.transport.isend(mine, peer, self.label, control=True) for peer in self.peers]
         for operation in self.receives + sends:
             self.transport.wait(operation)
-        return [mine if rank not in self.buffers else self.buffers[rank] for rank in range(self.transport.world_size)]
+        return [self.buffers.get(rank, mine) for rank in range(self.transport.world_size)]
 
 
 def as_bytes(data: bytes) -> torch.Tensor:
@@ -166,7 +169,7 @@ def as_bytes(data: bytes) -> torch.Tensor:
 
 
 def agree(transport: Transport, plan: StepPlan) -> None:
-    """Compare the plans of all ranks before the first data moves; later steps compare theirs at the end of the one before.
+    """Compare the plans of all ranks before the first data moves; later steps compare theirs one step ahead.
 
     Raises:
         PlanMismatch: on every rank, with all plans that differ.
@@ -179,10 +182,13 @@ def check_digests(transport: Transport, plan: StepPlan, digests: list[bytes]) ->
     """Raises PlanMismatch on all ranks unless all digests, by rank, are the same; all ranks must hold the same list."""
     if len(set(digests)) == 1:
         return
-    text = str(plan).encode()[:PLAN_TEXT].ljust(PLAN_TEXT)
-    texts = Gathering(transport, PLAN_TEXT, "the text of the plan").share(as_bytes(text))
-    plans = [f"\n  rank {rank}: {t.numpy().tobytes().decode(errors='replace').strip()}" for rank, t in enumerate(texts)]
-    raise PlanMismatch("the ranks have different plans for the next step:" + "".join(plans))
+    own_text = as_bytes(str(plan).encode()[:PLAN_TEXT].ljust(PLAN_TEXT))
+    texts = Gathering(transport, PLAN_TEXT, "the text of the plan").share(own_text)
+    lines = ["the ranks have different plans for the next step:"]
+    for rank, (text, digest) in enumerate(zip(texts, digests, strict=True)):
+        shown = text.numpy().tobytes().decode(errors="replace").strip()
+        lines.append(f"  rank {rank}: {shown} (digest {digest.hex()[:8]})")
+    raise PlanMismatch("\n".join(lines))
 
 
 PLAN_TEXT = 2000  # bytes of a plan's text that are shown
@@ -220,4 +226,3 @@ class StepAgreement:
         self.gathering = None
         check_digests(self.transport, next_plan, [t[:32].numpy().tobytes() for t in everybody])
         return torch.stack([t[32:].clone().view(torch.float32) for t in everybody]).sum(dim=0)
-

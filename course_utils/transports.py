@@ -1,7 +1,7 @@
 """How messages travel between the ranks of one run: a small interface, and torch.distributed behind it.
 
-The other implementation, K threads of one process, is in `threads.py`. Code above this module (the pipeline, the training
-loop) cannot tell which of the two it runs on.
+The other implementation, K threads of one process, is in `threads.py`. Code above this module (the pipeline, the
+training loop) cannot tell which of the two it runs on.
 """
 
 from collections.abc import Callable
@@ -22,6 +22,13 @@ class WaitTimeout(TransferError):
 
 class PeerLost(TransferError):
     """The process at the other end of a message has gone."""
+
+
+def describe(tensor: Any) -> str:
+    """`2x3 float32`, of a tensor or of what is known of one before it exists; `nothing` for None."""
+    if tensor is None:
+        return "nothing"
+    return f"{'x'.join(map(str, tensor.shape)) or 'a scalar'} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 class StatusBlock(Protocol):
@@ -111,12 +118,23 @@ class TorchTransport:
         self.status = status or NoStatus()
 
     def isend(self, tensor: torch.Tensor, peer: int, label: object, control: bool = False) -> Operation:
-        work = dist.isend(tensor, peer, group=None if control else self.data_group)
-        return Operation("send", peer, label, work, tensor)
+        return self.begin("send", dist.isend, tensor, peer, label, control)
 
     def irecv(self, buffer: torch.Tensor, peer: int, label: object, control: bool = False) -> Operation:
-        work = dist.irecv(buffer, peer, group=None if control else self.data_group)
-        return Operation("recv", peer, label, work, buffer)
+        return self.begin("recv", dist.irecv, buffer, peer, label, control)
+
+    def begin(
+        self, kind: str, start: Callable, tensor: torch.Tensor, peer: int, label: object, control: bool
+    ) -> Operation:
+        """Raises PeerLost if gloo knows already that the connection is closed."""
+        try:
+            work = start(tensor, peer, group=None if control else self.data_group)
+        except RuntimeError as error:
+            if "transport" not in str(error):  # a fault of the tensor
+                raise
+            verb = "send" if kind == "send" else "receive"
+            raise PeerLost(f"rank {self.rank} had lost rank {peer} before it could {verb} {label}") from error
+        return Operation(kind, peer, label, work, tensor)
 
     def wait(self, operation: Operation) -> None:
         self.status.waiting(str(operation))

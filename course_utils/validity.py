@@ -10,8 +10,9 @@ second depends on the machine under it, so "valid" always names a model of its q
     pair            one queue per peer (NCCL, single operations)
     rank            one queue for everything that a rank sends and receives (NCCL, batched operations)
 
-In a queue the operations start in the order in which they were issued, each only when the one before it is through. NCCL
-buffers small messages, so a schedule that has a cycle in such a model *may* hang: it does so once its tensors grow.
+In a queue the operations start in the order in which they were issued, each only when the one before it is through.
+NCCL buffers small messages, so a schedule that has a cycle in such a model *may* hang: it does so once its tensors
+grow.
 """
 
 from collections import deque
@@ -144,9 +145,9 @@ def issue_order(schedule: Schedule, rank: int) -> Iterator[tuple[str, Node]]:
 def dependencies(schedule: Schedule, queues: str = "buffered") -> dict[Node, list[Node]]:
     """For each action and message of a step the actions and messages that it waits for.
 
-    An action waits for the one before it on its rank, and for its input. A message waits for the action that makes it. In
-    a queue it also waits, on both sides, for the operation before it, and for its receive to be issued, which happens
-    after the receiver's action before. (Without queues receives are posted early: see `PostingPlan`.)
+    An action waits for the one before it on its rank, and for its input. A message waits for the action that makes
+    it. In a queue it also waits, on both sides, for the operation before it, and for its receive to be issued, which
+    happens after the receiver's action before. (Without queues receives are posted early: see `PostingPlan`.)
     """
     needs: dict[Node, list[Node]] = {}
     queue_of = QUEUES[queues]
@@ -190,7 +191,7 @@ def in_dependency_order(needs: dict[Node, list[Node]]) -> list[Node]:
 
 
 def find_cycle(needs: dict[Node, list[Node]]) -> list[Node] | None:
-    """Nodes that wait for each other in a circle, each for the next one and the last for the first; None if there are none."""
+    """Nodes that wait in a circle, each for the next one and the last for the first; None if there are none."""
     stuck = set(needs) - set(in_dependency_order(needs))
     if not stuck:
         return None
@@ -235,16 +236,15 @@ class PostingPlan:
 def posting_plan(schedule: Schedule, rank: int) -> PostingPlan:
     """Post each receive at the last moment that is early enough.
 
-    Over gloo a message moves only after its receive is posted, so a receive that is posted when its data is needed costs
-    a delay of the line. Posted all at once, receives cost memory that 1F1B is meant to save. In between: a message cannot
-    be sent before its sender has seen a certain own send of the receiver, so the receive is posted when the action begins
-    to compute that makes this send. Vector clocks (Fidge, 1988; Mattern, 1989) over the schedule say which one it is.
+    Over gloo a message moves only after its receive is posted, so a receive that is posted when its data is needed
+    costs a delay of the line. Posted all at once, receives cost memory that 1F1B is meant to save. In between: a
+    message cannot be sent before its sender has seen a certain own send of the receiver, so the receive is posted
+    when the action begins to compute that makes this send. Vector clocks (Fidge, 1988; Mattern, 1989) over the
+    schedule say which one it is.
     """
     clock = vector_clocks(schedule)
     place = {action: (owner, i) for owner, row in enumerate(schedule.actions) for i, action in enumerate(row, start=1)}
-    used_at = {
-        message: place[action] for action in place if (message := schedule.received_by(action)) is not None
-    }
+    used_at = {message: place[action] for action in place if (message := schedule.received_by(action)) is not None}
     posted_at: dict[int, list[Message]] = {}
     for channel, messages in schedule.channels.items():
         if channel[1] == rank:

@@ -190,7 +190,7 @@ def lab_arguments(my_work: Path, first_time: bool, options: list[str]) -> list[s
 
 def main(options: list[str]) -> None:
     """Update the copies and open JupyterLab on them; `options` are JupyterLab's, `--no-browser` for example."""
-    first_time = not MY_WORK.exists()
+    first_time = not (MY_WORK / RECORD).exists()
     try:
         changes = update_copies()
     except OSError as error:

@@ -3,11 +3,12 @@
 from dataclasses import replace
 
 import torch
+from torch import Tensor
+
 from course_utils.number_words import Batch
 from course_utils.pipeline import sum_over_tokens
 from course_utils.training import TrainingConfig, micro_batches_of
 from course_utils.transformer import TransformerConfig
-from torch import Tensor
 
 TINY = TransformerConfig(d_model=16, heads=2)
 TINY_RUN = TrainingConfig(

@@ -72,6 +72,7 @@ def main(arguments: list[str]) -> int:
     results: list[tuple[Step, int, float]] = []
     for step in steps:
         print(f"\n=== {step.name}: {subprocess.list2cmdline(step.command[1:])}", flush=True)
+        step.report.unlink(missing_ok=True)  # of an earlier run
         started = time.perf_counter()
         status = subprocess.call(step.command, cwd=COURSE)
         results.append((step, status, time.perf_counter() - started))
@@ -85,8 +86,13 @@ def table(which: str, results: list[tuple[Step, int, float]]) -> Iterator[tuple[
     yield f"{'':34}{'seconds':>8}{'budget':>8}", True
     for step, status, seconds in results:
         yield row(step.name, seconds, step.budget, status)
-        for name, seconds in parts(step):
-            yield row("  " + name, seconds, LESSON_BUDGET.get(name[:2], ANY_LESSON_BUDGET))
+        files = seconds_per_file(step)
+        if step.tests == "lessons":
+            for name, seconds in sorted(files.items()):
+                yield row("  " + name, seconds, LESSON_BUDGET.get(name[:2], ANY_LESSON_BUDGET))
+        else:
+            slowest = sorted(files.items(), key=lambda item: item[1], reverse=True)[:5]
+            yield from ((f"  {name:32}{seconds:8.1f}", True) for name, seconds in slowest)
     yield row(f"course.py {which}", sum(seconds for _, _, seconds in results), BUDGETS[which])
 
 
@@ -96,15 +102,14 @@ def row(name: str, seconds: float, budget: float, status: int = 0) -> tuple[str,
     return f"{name:34}{seconds:8.1f}{budget:8.0f}  {verdict}{over}", verdict == "ok"
 
 
-def parts(step: Step) -> Iterator[tuple[str, float]]:
-    """(notebook, seconds of its cells) from the report that pytest wrote for the lessons."""
-    if step.tests != "lessons" or not step.report.exists():
-        return
+def seconds_per_file(step: Step) -> dict[str, float]:
+    """What pytest's report says about each notebook or file of tests; nothing if there is no report."""
     seconds: dict[str, float] = {}
-    for case in ElementTree.parse(step.report).iter("testcase"):
-        name = case.get("classname", "").removeprefix("notebooks.").removesuffix(".ipynb")
-        seconds[name] = seconds.get(name, 0) + float(case.get("time", 0))
-    yield from sorted(seconds.items())
+    if step.tests and step.report.exists():
+        for case in ElementTree.parse(step.report).iter("testcase"):
+            name = case.get("classname", "").removesuffix(".ipynb").rpartition(".")[2]
+            seconds[name] = seconds.get(name, 0) + float(case.get("time", 0))
+    return seconds
 
 
 if __name__ == "__main__":

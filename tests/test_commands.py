@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+
 from course_utils import commands, reference
 from course_utils.commands import main
 

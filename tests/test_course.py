@@ -114,6 +114,7 @@ def test_the_first_use_makes_an_environment_and_installs_the_small_torch(ran, cl
         assert command[command.index("--constraint") + 1] == "constraints.txt"
         assert "-q" not in command
     assert lab == [str(course.PYTHON), "-m", "course_utils.workspace", "--no-browser"]
+    assert json.loads(course.STAMP.read_text())["path"] == str(clone)
     assert "about 0.2 GB of torch" in capsys.readouterr().out
 
 

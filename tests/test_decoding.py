@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from course_utils.decoding import as_words, greedy_decode
 from course_utils.number_words import END, PAD, START, Batch, collate
 from course_utils.pipeline import Pipeline
@@ -11,7 +12,6 @@ from course_utils.schedules import Schedule, gpipe, looped
 from course_utils.threads import run_in_threads
 from course_utils.transfer import PlanMismatch
 from course_utils.transports import Worker
-
 from tests.models import TINY_RUN
 
 NUMBERS = (7, 123, 4096, 55, 90210)

@@ -1,4 +1,4 @@
-"""Over a long line receives that are posted by the plan make a step several times faster than PyTorch's engine makes it.
+"""Over a long line, receives posted by the plan make a step several times faster than PyTorch's engine makes it.
 
 The limits are those of ratios: both engines run in the same processes, in turns, over the same line. If one is missed
 the measurement is made once more with twice as many steps, and that counts: another program may have had the cores.
@@ -6,10 +6,12 @@ the measurement is made once more with twice as many steps, and that counts: ano
 
 import os
 import subprocess
+import sys
 
+import psutil
 import pytest
 
-from tests.benchmarks import delay_line
+delay_line = pytest.importorskip("tests.benchmarks.delay_line", reason="needs Linux")  # fcntl is not on Windows
 
 pytestmark = [pytest.mark.network, pytest.mark.slow]
 
@@ -30,13 +32,24 @@ def test_a_step_over_20_ms_against_torchs_engine():
     assert measured["GPipe"]["torch"] >= 20 * 1e3 * delay_line.DELAY
 
 
-def test_nothing_is_left_of_a_line():
-    def state() -> tuple[str, set[str]]:
-        devices = subprocess.run(["ip", "-brief", "link"], capture_output=True, text=True, check=True).stdout
-        return devices, set(os.listdir("/proc/self/fd"))
+def devices() -> str:
+    return subprocess.run(["ip", "-brief", "link"], capture_output=True, text=True, check=True).stdout
 
-    before = state()
+
+def test_nothing_is_left_of_a_line():
+    before = devices(), os.listdir("/proc/self/fd")
     with pytest.raises(ZeroDivisionError), delay_line.delay_line(0.02) as names:
-        assert all(name in state()[0] for name in names)
+        assert all(name in devices() for name in names)
         raise ZeroDivisionError
-    assert state() == before
+    assert (devices(), os.listdir("/proc/self/fd")) == before
+
+
+def test_a_rank_that_fails_is_shown_and_nothing_is_left(monkeypatch, tmp_path):
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho this rank is broken; exit 3\n")
+    broken.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(broken))
+    before = devices(), psutil.Process().children()
+    with pytest.raises(RuntimeError, match="rank 0 failed:\nthis rank is broken"):
+        delay_line.measure()
+    assert (devices(), psutil.Process().children()) == before

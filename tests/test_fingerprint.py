@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from course_utils import training
 from course_utils.fingerprints import StageRecord, fingerprint
 from course_utils.reference import EVEN, RAGGED, column
 from course_utils.schedules import Action, Schedule, gpipe
 from course_utils.threads import run_in_threads
 from course_utils.training import train, train_on_one_device
-
 from tests.models import TINY_RUN
 
 

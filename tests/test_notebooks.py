@@ -113,6 +113,15 @@ def test_counts_are_in_order_and_results_carry_theirs(cells):
     assert (result.data["text/plain"], result.execution_count) == ("10", 1)
 
 
+def test_counts_begin_at_one_whatever_the_kernel_did_before():
+    cells = [
+        nbformat.v4.new_code_cell(source, execution_count=count) for source, count in [("1", 5), ("", None), ("2", 9)]
+    ]
+    cells[2].outputs = [nbformat.v4.new_output("execute_result", {"text/plain": "2"}, execution_count=9)]
+    normalise(nbformat.v4.new_notebook(cells=cells))
+    assert [cell.execution_count for cell in cells] == [1, None, 2] and cells[2].outputs[0].execution_count == 2
+
+
 def test_nothing_of_the_run_is_left_in_the_notebook(built, cells):
     text = built[1].read_text("utf-8")
     assert "widget-view" not in text and "widgets" not in nbformat.read(built[1], as_version=4).metadata

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+
 from course_utils.optimization import Noam, clip_by_global_norm, gradient_norms
 
 

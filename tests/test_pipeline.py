@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from course_utils.pipeline import Pipeline
 from course_utils.schedules import SCHEDULES, Schedule, gpipe, looped, naive, one_f_one_b
 from course_utils.threads import run_in_threads
 from course_utils.training import TrainingConfig
 from course_utils.transfer import PlanMismatch, agree
 from course_utils.transports import Worker
-
 from tests.models import TINY, TINY_RUN, gradients_on_one_device, one_step
 
 
@@ -66,7 +66,7 @@ def test_several_stages_on_a_rank():
 
 
 def test_pieces_and_the_whole_batch_are_close():
-    """Sums of other pieces differ in their last bits; a gradient that is truly zero is compared with the global norm."""
+    """Sums of other pieces differ in their last bits; what is truly zero is compared with the global norm."""
     pieces = gradients_on_one_device(TINY_RUN, one_step(TINY_RUN)[0])
     whole = gradients_on_one_device(TINY_RUN, one_step(replace(TINY_RUN, micro_batches=1))[0])
     global_norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in whole.values()]))

@@ -1,6 +1,9 @@
 """Real processes: whatever happens, the right cause is shown, in bounded time, and nothing is left."""
 
+import contextlib
 import importlib
+import io
+import multiprocessing
 import os
 import secrets
 import shutil
@@ -13,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import cloudpickle
 import psutil
@@ -80,20 +83,34 @@ def nothing_left() -> Iterator[None]:
     _server.make_home()
     before = (descendants(), temporary_folders(), listening([os.getpid()]), threading.active_count())
     yield
+    scripts_ended = [script.end() for script in Script.under_way]
+    Script.under_way.clear()
+    assert not any(scripts_ended), "a script was left, perhaps by a test that has failed"
     after = (descendants(), temporary_folders(), listening([os.getpid()]), threading.active_count())
     assert after == before
+
+
+HEAD = "import os, sys, time\nimport torch\nfrom course_utils.processes import StageError, launch, start\n"
 
 
 class Script:
     """A caller in a process of its own, with its temporary folder, and a mark by which its processes can be found."""
 
-    def __init__(self, folder: Path, code: str, temporary: Path | None = None, prefix: tuple[str, ...] = ()):
+    under_way: ClassVar[list["Script"]] = []
+
+    def __init__(
+        self,
+        folder: Path,
+        code: str,
+        temporary: Path | None = None,
+        prefix: tuple[str, ...] = (),
+        head: str = HEAD,
+    ):
         folder.mkdir(parents=True, exist_ok=True)
         self.temporary = temporary or Path(tempfile.mkdtemp(prefix="t-", dir="/tmp" if os.name == "posix" else None))
         self.temporary.mkdir(parents=True, exist_ok=True)
         self.mark = secrets.token_hex(8)
         path = folder / "script.py"
-        head = "import os, sys, time\nimport torch\nfrom course_utils.processes import StageError, launch, start\n"
         path.write_text(head + textwrap.dedent(code))
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(self.temporary), "TEST_MARK": self.mark}
         self.process = subprocess.Popen(
@@ -106,6 +123,17 @@ class Script:
             start_new_session=True,
         )
         self.seen: list[str] = []
+        self.under_way.append(self)
+
+    def end(self) -> bool:
+        """End what is left of it, if anything is; only its own processes."""
+        left = list(self.left())
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.communicate(timeout=IT_HUNG)
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        return bool(left)
 
     def wait_for_line(self, text: str) -> None:
         assert self.process.stdout and self.process.stderr
@@ -124,7 +152,7 @@ class Script:
             raise
         output = "".join(self.seen) + output
         assert expected_exit is None or self.process.returncode == expected_exit, output + errors
-        assert "Traceback" not in errors and "Warning" not in errors and "[W" not in errors, errors
+        assert not any(word in errors for word in ("Traceback", "Warning", "[W", "Fatal")), errors
         return output
 
     def left(self) -> dict[int, str]:
@@ -541,6 +569,21 @@ def test_a_start_that_takes_too_long():
     assert "stage 0: no error; starting" in str(error)
 
 
+@on_linux
+def test_a_server_that_does_not_answer_is_replaced():
+    launch(lambda worker: None, 1)
+    stuck = _server.server_pid
+    assert stuck is not None
+    os.kill(stuck, signal.SIGSTOP)
+    try:
+        error = fails(lambda worker: None, 2, startup_limit=0.5)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(stuck, signal.SIGCONT)
+    assert str(error).startswith("the server that starts the stages did not start within 0.5 s (startup_limit)")
+    assert launch(lambda worker: worker.rank, 2) == [0, 1] and _server.server_pid != stuck
+
+
 def test_a_function_that_cannot_be_imported_there(monkeypatch, tmp_path):
     (tmp_path / "vanishing_module.py").write_text("def work(worker):\n    return 1\n")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -610,6 +653,19 @@ def test_an_interrupt_at_any_moment(delay):
     assert time.monotonic() - began < IT_HUNG
     wait_until(lambda: not descendants(), descendants)
     assert launch(lambda worker: worker.rank, 2) == [0, 1]
+
+
+@on_linux
+def test_many_interrupts_during_the_start():
+    """Among them some while the thread that watches over the run is itself just being started."""
+    launch(lambda worker: None, 1)
+    for number in range(40):
+        timer = threading.Timer(number * 0.00015, os.kill, (os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            timer.start()
+            launch(sleep_for_ever, 2)
+        timer.join()
+    wait_until(lambda: not descendants(), descendants)
 
 
 @on_linux
@@ -690,11 +746,20 @@ def test_kill_9_of_the_caller_while_it_starts(tmp_path):
 
 def test_a_caller_that_ends_takes_its_run_along(tmp_path):
     code = """
-        run = start(lambda worker: (worker.emit(1), time.sleep(1e6)), 2)
+        def chatter(worker):
+            worker.emit("begun")
+            while True:
+                print("still here")
+
+        run = start(chatter, 2)
         next(run.events())
     """
-    script = Script(tmp_path, code)
-    assert script.finish() == ""
+    # Registered first, so it is called last.
+    first = "import atexit; atexit.register(lambda: print('ended in order:', run._watcher.done.is_set()))\n"
+    script = Script(tmp_path, code, head=first + HEAD)
+    lines = script.finish().splitlines()
+    assert lines.pop() == "ended in order: True"
+    assert set(lines) <= {"[stage 0] still here", "[stage 1] still here"}
     script.check_nothing_left()
 
 
@@ -857,7 +922,7 @@ def test_functions_of_notebook_cells(tmp_path):
 
 
 def test_messages_are_put_together_from_any_pieces():
-    sender, receiver = _pipes_pair()
+    sender, receiver = multiprocessing.Pipe()
     with sender, receiver:
         for message in (b"", b"one", b"two" * 1000):
             _pipes.send(sender, message)
@@ -869,10 +934,13 @@ def test_messages_are_put_together_from_any_pieces():
         assert found == [b"", b"one", b"two" * 1000] and not messages.pieces
 
 
-def _pipes_pair() -> tuple:
-    from multiprocessing import Pipe
-
-    return Pipe()
+def test_output_of_python_goes_through_a_pipe_without_descriptors():
+    """As on Windows."""
+    reader, writer = multiprocessing.Pipe(duplex=False)
+    with reader, writer:
+        raw: Any = _worker.PipeWriter(writer)
+        print("héllo\n", 1, file=io.TextIOWrapper(raw, encoding="utf-8", newline="\n", write_through=True))
+        assert _pipes.read(reader).decode() == "héllo\n 1\n"
 
 
 def test_the_status_file_tells_what_each_rank_does(tmp_path):

@@ -193,6 +193,13 @@ def test_the_head_of_a_line_with_several_stages_per_rank() -> None:
     assert makespans == {"buffered": 44, "directed pair": 50, "pair and kind": 50, "pair": 50, "rank": 68}
 
 
+def test_gradients_and_activations_on_one_line() -> None:
+    """Rank 0 sends gradients, then activations, to rank 1, which needs the activations first."""
+    schedule = parse("0F0,2F0,2B0,0F1,2F1,2B1,0B0,0B1\n1F0,3F0,3B0,1F1,1B0,3F1,3B1,1B1")
+    begins = {q: starts(simulate(schedule, transfer=3, queues=q))[Action("F", 1, 1)] for q in list(QUEUES)[:3]}
+    assert begins == {"buffered": 22, "directed pair": 24, "pair and kind": 22}
+
+
 def test_a_busy_receiver_holds_up_a_queue_even_if_messages_take_no_time() -> None:
     """Rank 2 is slow. Its message waits in rank 1's only queue, and behind it one that rank 1 could compute with."""
     slow = [1, 1, 4]

@@ -1,5 +1,6 @@
 """The ranks as threads: they hang exactly where the validator says so, no message is swapped, and errors are named."""
 
+import contextlib
 import random
 import threading
 import time
@@ -261,6 +262,34 @@ def test_a_message_to_oneself_never_arrives_but_is_named() -> None:
         run_in_threads(lambda worker: worker.transport.wait(worker.transport.irecv(torch.zeros(1), 0, "a letter")), 1)
 
 
+@pytest.mark.parametrize("queues", ["buffered", "rank"])
+def test_a_send_waits_for_the_send_before_it_in_its_queue(queues: str) -> None:
+    """Rank 0 writes to 1 and then to 2; rank 2 writes to 1 after its letter came, and rank 1 wants that one first."""
+
+    def step(worker: Worker) -> None:
+        letters: dict[int, list[tuple[str, int]]] = {
+            0: [("send", 1), ("send", 2)],
+            1: [("recv", 2), ("recv", 0)],
+            2: [("recv", 0), ("send", 1)],
+        }
+        sends = []
+        for kind, peer in letters[worker.rank]:
+            if kind == "send":
+                sends.append(worker.transport.isend(torch.zeros(1), peer, f"letter {worker.rank}{peer}"))
+            else:
+                worker.transport.wait(worker.transport.irecv(torch.zeros(1), peer, f"letter {peer}{worker.rank}"))
+        for operation in sends:
+            worker.transport.wait(operation)
+
+    if queues == "buffered":
+        run_in_threads(step, 3, queues=queues)
+    else:
+        with pytest.raises(
+            Deadlock, match="rank 2 waits for letter 02 from rank 0, which is behind another in rank 0's"
+        ):
+            run_in_threads(step, 3, queues=queues)
+
+
 def test_a_slow_rank_is_no_deadlock() -> None:
     def slow(worker: Worker) -> float:
         number = torch.full((1,), 7.0 * worker.rank)
@@ -388,7 +417,7 @@ def test_a_stage_that_gives_something_else_than_the_plan() -> None:
         else:
             exchange.receive(message)
 
-    with pytest.raises(PlanMismatch, match=r"stage 0 to 1\): the plan says \(1,\) torch.float32, .* gave \(2,\)"):
+    with pytest.raises(PlanMismatch, match=r"stage 0 to 1\): the plan says 1 float32, .* gave 2 float32"):
         run_in_threads(step, 2, torch.zeros(2), None)
     with pytest.raises(PlanMismatch, match="the stage gave nothing"):
         run_in_threads(step, 2, None, None)
@@ -460,3 +489,55 @@ def test_arguments_that_cannot_be() -> None:
         run_in_threads(lambda worker: None, 0)
     with pytest.raises(ValueError, match="unknown model of queues 'nccl'"):
         run_in_threads(lambda worker: None, 2, queues="nccl")
+
+
+def test_a_rank_that_computes_for_ever_is_given_up_and_named():
+    ended = threading.Event()
+
+    def busy(worker: Worker) -> None:
+        if worker.rank == 1:
+            ended.wait(30)
+
+    try:
+        with pytest.raises(WaitTimeout, match="given up: rank 0 has ended; rank 1 computes"):
+            run_in_threads(busy, 2, run_limit=0.2)
+    finally:
+        ended.set()
+
+
+def test_a_rank_that_survives_its_time_out_no_longer_counts_as_waiting():
+    """Otherwise the ranks' next waits would look like a deadlock."""
+
+    def patient(worker: Worker) -> str:
+        buffer = torch.zeros(1)
+        if worker.rank == 0:
+            with contextlib.suppress(WaitTimeout):
+                worker.transport.wait(worker.transport.irecv(buffer, 1, "what never comes", control=True))
+            time.sleep(0.2)
+            worker.transport.wait(worker.transport.isend(buffer, 1, "a late letter"))
+        else:
+            time.sleep(0.15)
+            operation = worker.transport.irecv(buffer, 0, "a late letter")
+            for _ in range(20):
+                with contextlib.suppress(WaitTimeout):
+                    worker.transport.wait(operation)
+                    return "came"
+        return "done"
+
+    assert run_in_threads(patient, 2, limit=0.1) == ["done", "came"]
+
+
+def test_the_same_deadlock_has_the_same_text_whoever_blocked_first():
+    def cycle(worker: Worker, first: int) -> None:
+        if worker.rank != first:
+            time.sleep(0.02)
+        worker.transport.wait(worker.transport.irecv(torch.zeros(1), 1 - worker.rank, "a letter"))
+
+    texts = set()
+    for first in (0, 1):
+        with pytest.raises(Deadlock) as caught:
+            run_in_threads(cycle, 2, first)
+        texts.add(str(caught.value))
+    assert texts == {
+        "deadlock: rank 0 waits for a letter from rank 1; rank 1 waits for a letter from rank 0",
+    }

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from course_utils.optimization import Noam
 from course_utils.processes import StageError
 from course_utils.schedules import looped
 from course_utils.threads import run_in_threads
 from course_utils.training import TrainingConfig, answer, train, train_on_one_device
 from course_utils.validity import NotAscending
-
 from tests.models import TINY_RUN
 from tests.test_fingerprint import descending
 
@@ -28,7 +28,7 @@ def test_every_step_is_reported_as_soon_as_it_is_done():
 def test_the_learning_rate_is_noam_s_and_not_zero_at_first():
     result = train(TINY_RUN, run=run_in_threads)
     optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(1))], lr=1.0)
-    noam = Noam(optimizer, TINY_RUN.model.d_model, TINY_RUN.warm_up)
+    noam = Noam(optimizer, TINY_RUN.model.d_model, TINY_RUN.warm_up, TINY_RUN.learning_rate_factor)
     for step in result.steps:
         assert step.learning_rate == noam.get_last_lr()[0] > 0
         optimizer.step()
@@ -119,6 +119,7 @@ def test_a_stage_that_fails_is_named():
 
 @pytest.mark.slow
 @pytest.mark.processes
+@pytest.mark.timeout(400)
 def test_the_default_recipe_learns_to_read_numbers():
     """98 % here, so that it does not fail by chance; CHANGELOG and README quote what was seen."""
     result = train(TrainingConfig())

@@ -230,7 +230,7 @@ def test_gpipe_and_naive_run_everywhere_1f1b_needs_directions_or_kinds(schedule:
         assert accepts(schedule, queues) == (not crosses or queues not in ("pair", "rank"))
 
 
-@settings(max_examples=500)
+@settings(max_examples=300)
 @given(random_schedules())
 def test_coarser_queues_accept_less(schedule: Schedule) -> None:
     accepted = {queues: accepts(schedule, queues) for queues in QUEUES}
@@ -242,7 +242,7 @@ def test_random_schedules_tell_the_models_apart() -> None:
     """Otherwise the two tests above and the one with threads would say little."""
     seen: dict[tuple[str, bool], int] = {}
 
-    @settings(max_examples=500, database=None)
+    @settings(max_examples=300, database=None)
     @given(random_schedules())
     def count(schedule: Schedule) -> None:
         for queues in QUEUES:
@@ -251,7 +251,7 @@ def test_random_schedules_tell_the_models_apart() -> None:
 
     count()
     for queues in QUEUES:
-        assert seen[queues, True] > 50 and seen[queues, False] > 50
+        assert seen[queues, True] > 30 and seen[queues, False] > 30
     numbers = [seen[queues, True] for queues in ("buffered", "pair and kind", "pair", "rank")]
     assert numbers == sorted(set(numbers), reverse=True)
 

@@ -140,6 +140,14 @@ def test_a_learner_who_made_the_same_change_is_up_to_date(course, mine):
     assert update_copies(course, mine).refreshed == [EXERCISE]
 
 
+def test_a_learner_who_takes_a_change_back_gets_the_new_one(course, mine):
+    answer(mine / EXERCISE, "a try")
+    write_notebook(course / EXERCISE, "...  # a better question")
+    assert list(update_copies(course, mine).beside) == [EXERCISE]
+    answer(mine / EXERCISE, "...  # your turn")
+    assert update_copies(course, mine).refreshed == [EXERCISE]
+
+
 def test_a_deleted_copy_comes_back(course, mine):
     (mine / LESSON).unlink()
     assert update_copies(course, mine).new == [LESSON]

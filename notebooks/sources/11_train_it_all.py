@@ -71,7 +71,9 @@ my_guess = None  # for example 0.25
 K, M = 2, 8
 predicted = simulate(schedule, forward=1, backward=2)
 assert abs(predicted.bubble_of_total - (K - 1) / (M + K - 1)) < 1e-12
-print(f"idle share of the total time: {predicted.bubble_of_total:.3f}", "" if my_guess is None else f"you: {my_guess:.3f}")
+print(
+    f"idle share of the total time: {predicted.bubble_of_total:.3f}", "" if my_guess is None else f"you: {my_guess:.3f}"
+)
 print(f"idle time over the ideal time: {predicted.bubble_of_ideal:.3f}")
 
 # %% [markdown]
@@ -138,7 +140,9 @@ with tqdm(total=config.steps, file=sys.stdout, leave=False, mininterval=0.5) as 
         bar.update()
 
     result = train(config, on_step=show_step)
-print(f"{len(result.steps)} steps in {result.seconds:.0f} s, {config.stages} stages, {config.micro_batches} micro-batches")
+print(
+    f"{len(result.steps)} steps in {result.seconds:.0f} s, {config.stages} stages, {config.micro_batches} micro-batches"
+)
 
 # %% [markdown]
 # The loss is the mean over all tokens of a mini-batch, on a logarithmic axis:

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.step_time
 
 Two processes, one thread each, messages over loopback. The two engines take turns, so that whatever else the machine
-does slows down both; a ratio is taken for each pair of neighbouring steps, and the result is the median of these ratios.
+does slows down both; a ratio is taken for each pair of neighbouring steps, and the result is the median of these.
 Only ratios mean anything: the model is small, so that the engines are measured and not the arithmetic.
 A step goes from a whole batch to its gradients (cut, forward, backward). All gradients are compared, bit for bit.
 """
