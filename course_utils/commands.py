@@ -1,4 +1,4 @@
-"""The commands that `python course.py train | fingerprint | bench` hands on to, inside the course's environment."""
+"""The commands that `python course.py train` and `fingerprint` hand on to, inside the course's environment."""
 
 import argparse
 import json

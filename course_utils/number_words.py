@@ -75,6 +75,10 @@ def split_numbers(
 ) -> Split:
     """Draw `held_out` numbers for the exam, then `training` other ones, from lowest..highest (both included).
 
+    Each length gets the same share, as far as it has so many numbers, and the exam takes at most a tenth of a length if
+    that suffices. Drawn evenly from 0..999,999, nine numbers in ten would have six digits, and a model that has hardly
+    seen a short one reads 16 as "one six six six one".
+
     training=None takes all that are left. The held-out numbers do not depend on how many are trained on, so runs with
     more or less data take the same exam. ValueError for an empty range or for more numbers than the range holds.
     """
@@ -97,13 +101,38 @@ def split_numbers(
             f"training={training} and held_out={held_out} together ask for more than the {available} numbers in "
             f"{lowest}..{highest}: ask for fewer, or pass training=None for all that are left"
         )
-    numbers = range(lowest, highest + 1)
-    exam = random.Random(f"held out, seed {seed}").sample(numbers, held_out)
-    # Enough candidates that `training` remain even when every number of the exam is among them.
-    candidates = random.Random(f"training, seed {seed}").sample(numbers, training + held_out)
-    asked = set(exam)
-    others = [number for number in candidates if number not in asked]
-    return Split(training=tuple(others[:training]), held_out=tuple(exam))
+    lengths = _by_length(lowest, highest)
+    tenths = [len(numbers) // 10 for numbers in lengths]
+    for_exam = fair_shares(held_out, tenths if sum(tenths) >= held_out else [len(numbers) for numbers in lengths])
+    for_training = fair_shares(training, [len(numbers) - n for numbers, n in zip(lengths, for_exam, strict=True)])
+    exam: list[int] = []
+    others: list[int] = []
+    for numbers, asked, learned in zip(lengths, for_exam, for_training, strict=True):
+        own_exam = random.Random(f"held out, seed {seed}, from {numbers.start}").sample(numbers, asked)
+        # Enough candidates that `learned` remain even when every number of the exam is among them.
+        candidates = random.Random(f"training, seed {seed}, from {numbers.start}").sample(numbers, learned + asked)
+        unknown = set(candidates) - set(own_exam)
+        others += [number for number in candidates if number in unknown][:learned]
+        exam += own_exam
+    random.Random(f"order, seed {seed}").shuffle(exam)
+    return Split(training=tuple(others), held_out=tuple(exam))
+
+
+def _by_length(lowest: int, highest: int) -> list[range]:
+    """The range, cut where numbers get one digit longer."""
+    starts = [lowest, *(10**digits for digits in range(1, 18) if lowest < 10**digits <= highest)]
+    return [range(start, end) for start, end in zip(starts, [*starts[1:], highest + 1], strict=True)]
+
+
+def fair_shares(total: int, limits: Sequence[int]) -> list[int]:
+    """`total` things among groups, as evenly as their limits allow: 10 with limits 1, 9, 9 -> [1, 5, 4]."""
+    shares = [0] * len(limits)
+    open_groups = sorted(range(len(limits)), key=lambda i: limits[i])
+    while open_groups:
+        i = open_groups.pop(0)
+        shares[i] = min(limits[i], -(-total // (len(open_groups) + 1)))
+        total -= shares[i]
+    return shares
 
 
 @dataclass(frozen=True, eq=False)  # eq=False: == on tensors compares element by element

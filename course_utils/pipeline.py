@@ -61,6 +61,7 @@ class Pipeline:
         self.stages, self.schedule, self.transport = stages, schedule, transport
         self.carry_after, self.loss, self.compute_context, self.device = carry_after, loss, compute_context, device
         self.posting = posting_plan(schedule, transport.rank)
+        self.schedule_text = f"schedule {schedule.rank_of_stage}: {schedule.to_text()}"
         self.stash: dict[tuple[int, int], tuple[Tensors, Tensors]] = {}  # kept from a forward to its backward
         self.expected: Exchange | None = None  # of the next step, if `expect` has begun it
 
@@ -70,7 +71,8 @@ class Pipeline:
             raise ValueError(
                 f"{len(micro_batches)} micro-batches were given; the schedule has {self.schedule.num_micro_batches}"
             )
-        return StepPlan([m.geometry for m in micro_batches], self.carry_after, self.schedule.num_stages)
+        geometries = [m.geometry for m in micro_batches]
+        return StepPlan(geometries, self.carry_after, self.schedule.num_stages, self.schedule_text)
 
     def expect(self, plan: StepPlan) -> None:
         """Post the receives with which the next step begins, before the ranks have compared its plan.

@@ -32,10 +32,17 @@ class StepPlan:
         geometries: for each micro-batch (rows, source length, target length).
         carry_after: gives for (stage, geometry) what the stage hands on to the next one.
         num_stages: K.
+        also: whatever else must be the same on all ranks, in words; a schedule's text, for example.
     """
 
-    def __init__(self, geometries: Sequence[Geometry], carry_after: Callable[[int, Geometry], Specs], num_stages: int):
-        self.geometries = tuple(geometries)
+    def __init__(
+        self,
+        geometries: Sequence[Geometry],
+        carry_after: Callable[[int, Geometry], Specs],
+        num_stages: int,
+        also: str = "",
+    ):
+        self.geometries, self.also = tuple(geometries), also
         self.carries = [[carry_after(stage, g) for g in self.geometries] for stage in range(num_stages - 1)]
 
     def specs(self, message: Message) -> Specs:
@@ -51,8 +58,8 @@ class StepPlan:
 
     @cached_property
     def digest(self) -> bytes:
-        """32 bytes that differ as soon as any message differs."""
-        return hashlib.sha256(repr((self.geometries, self.carries)).encode()).digest()
+        """32 bytes that differ as soon as any message, or anything else that must be the same, differs."""
+        return hashlib.sha256(repr((self.geometries, self.carries, self.also)).encode()).digest()
 
     def __str__(self) -> str:
         pieces = [f"{rows} rows, {source} -> {target} tokens" for rows, source, target in self.geometries]
@@ -60,7 +67,8 @@ class StepPlan:
             f"stage {stage} hands on " + " and ".join(map(describe, carries[0]))
             for stage, carries in enumerate(self.carries)
         ]
-        return f"{len(pieces)} micro-batches over {len(borders) + 1} stages: " + "; ".join(pieces + borders)
+        also = [self.also.replace("\n", " | ")] if self.also else []
+        return f"{len(pieces)} micro-batches over {len(borders) + 1} stages: " + "; ".join(pieces + borders + also)
 
 
 class Exchange:

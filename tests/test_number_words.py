@@ -1,6 +1,7 @@
 """The data: words, vocabularies, the split, batches and micro-batches."""
 
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from course_utils.number_words import (
     batch,
     collate,
     even_sizes,
+    fair_shares,
     split_numbers,
     to_words,
 )
@@ -118,8 +120,32 @@ def test_the_default_split():
     assert not set(split.training) & set(split.held_out)
     assert split != split_numbers(seed=1)
     # The same on every machine and in every version of Python that the course runs on.
-    assert split.held_out[:3] == (868219, 423679, 602433)
-    assert split.training[:3] == (779188, 271891, 153099)
+    assert split.held_out[:3] == (993, 17770, 396854)
+    assert split.training[:3] == (4, 0, 8)
+
+
+def lengths(numbers: tuple[int, ...]) -> dict[int, int]:
+    """{digits: how many numbers have so many}"""
+    return dict(sorted(Counter(len(str(number)) for number in numbers).items()))
+
+
+def test_every_length_gets_a_fair_share_and_leaves_most_of_its_numbers_to_learn_from():
+    split = split_numbers()
+    assert lengths(split.training) == {1: 9, 2: 81, 3: 810, 4: 6367, 5: 6367, 6: 6366}
+    assert lengths(split.held_out) == {1: 1, 2: 9, 3: 90, 4: 134, 5: 133, 6: 133}
+    small = split_numbers(0, 999, None, 100)
+    assert lengths(small.held_out) == {1: 1, 2: 9, 3: 90}
+    assert lengths(split_numbers(95, 104, 2, 8).held_out) == {2: 4, 3: 4}  # a tenth of them would not suffice
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=6), st.data())
+def test_fair_shares(limits, data):
+    total = data.draw(st.integers(0, sum(limits)))
+    shares = fair_shares(total, limits)
+    assert sum(shares) == total
+    assert all(0 <= share <= limit for share, limit in zip(shares, limits, strict=True))
+    unlimited = [share for share, limit in zip(shares, limits, strict=True) if share < limit]
+    assert not unlimited or max(shares) <= min(unlimited) + 1  # who has less was not able to take more
 
 
 def test_more_training_numbers_leave_the_exam_as_it_is():

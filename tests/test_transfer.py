@@ -521,3 +521,22 @@ def test_a_peer_that_dies_is_named(tmp_path: Path):
     lost = [line for line in output.splitlines() if line.startswith(f"{PeerLost.__name__} rank 0 ")]
     assert len(lost) == 3, output + errors
     assert all("lost rank 1" in line and "the activations of micro-batch 5" in line for line in lost)
+
+
+@pytest.mark.parametrize("transport", ["threads"])
+def test_another_schedule_on_one_rank_is_an_error_on_all(transport):
+    """Both are valid, and their messages would be mixed up."""
+    complaints = []
+
+    def wrong(worker: Worker) -> None:
+        schedule = (gpipe if worker.rank == 0 else one_f_one_b)(2, 3)
+        cut = TINY_RUN.cut
+        pipeline = Pipeline({worker.rank: cut.build(worker.rank, 0)}, schedule, worker.transport, cut.carry_after)
+        try:
+            agree(worker.transport, pipeline.plan(one_step()[0]))
+        except PlanMismatch as error:
+            complaints.append(str(error))
+
+    run_in_threads(wrong, 2)
+    assert len(complaints) == 2
+    assert all("0F0,0F1,0F2,0B0" in text and "1F0,1B0,1F1" in text for text in complaints)
