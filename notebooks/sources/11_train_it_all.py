@@ -125,7 +125,7 @@ replace(config, stages=9)
 # %% [markdown]
 # ## The run
 # 1200 steps of 64 numbers below a million. On the way: the global norm of the gradients is clipped to 1, and the learning
-# rate warms up over 400 steps and decays after (Vaswani et al., 2017, section 5.3, at half of its rate). Both must be the
+# rate warms up over 400 steps and decays after (Vaswani et al., 2017, section 5.3, times 0.35). Both must be the
 # same on both stages, although each stage sees only its own gradients. While it runs, the line below shows loss, learning rate and norm.
 
 # %%
