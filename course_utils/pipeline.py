@@ -62,6 +62,7 @@ class Pipeline:
         self.carry_after, self.loss, self.compute_context, self.device = carry_after, loss, compute_context, device
         self.posting = posting_plan(schedule, transport.rank)
         self.schedule_text = f"schedule {schedule.rank_of_stage}: {schedule.to_text()}"
+        self.trains = any(action.kind == "B" for row in schedule.actions for action in row)
         self.stash: dict[tuple[int, int], tuple[Tensors, Tensors]] = {}  # kept from a forward to its backward
         self.expected: Exchange | None = None  # of the next step, if `expect` has begun it
 
@@ -93,6 +94,8 @@ class Pipeline:
     ) -> dict[int, Tensor]:
         """Run the schedule once; gradients are added to the parameters' `.grad`.
 
+        A schedule without backwards (`schedules.forward_only`) evaluates: it keeps nothing and changes nothing.
+
         Args:
             micro_batches: M of them, the same on every rank.
             plan: `self.plan(micro_batches)`, which the ranks have compared (`transfer.agree`).
@@ -110,7 +113,7 @@ class Pipeline:
         self.expected = None
         if self.exchange.plan.digest != plan.digest:
             raise PlanMismatch(f"expect() was told {self.exchange.plan}; this step has {plan}. Give it the same plan.")
-        with self.compute_context():
+        with torch.set_grad_enabled(self.trains), self.compute_context():
             for number, action in enumerate(self.schedule.actions[self.transport.rank], start=1):
                 arrived = self.take_in(action)
                 self.exchange.begin_action(number)
@@ -149,7 +152,7 @@ class Pipeline:
     ) -> Tensors:
         """One stage, one micro-batch. What arrived becomes the leaves of this stage's own graph."""
         stage = self.stages[action.stage]
-        leaves = tuple(None if tensor is None else tensor.requires_grad_() for tensor in arrived)
+        leaves = tuple(None if tensor is None else tensor.requires_grad_(self.trains) for tensor in arrived)
         # The blocks get a view: autocast keeps the cast of every leaf and would add up its gradients in low precision.
         hidden, memory = (None if leaf is None else leaf.view_as(leaf) for leaf in leaves)
         carry = stage((hidden, memory), micro_batch, dropout_key)
@@ -157,7 +160,8 @@ class Pipeline:
             loss = self.loss(carry[0], micro_batch, num_tokens)
             self.losses[action.micro_batch] = loss.detach()
             carry = (loss,)
-        self.stash[action.stage, action.micro_batch] = leaves, carry
+        if self.trains:
+            self.stash[action.stage, action.micro_batch] = leaves, carry
         self.peak_stash = max(self.peak_stash, len(self.stash))
         return tuple(None if tensor is None else tensor.detach() for tensor in carry)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from course_utils.pipeline import Pipeline
-from course_utils.schedules import SCHEDULES, Schedule, gpipe, looped, naive, one_f_one_b
+from course_utils.schedules import SCHEDULES, Schedule, forward_only, gpipe, looped, naive, one_f_one_b
 from course_utils.threads import run_in_threads
 from course_utils.training import TrainingConfig
 from course_utils.transfer import PlanMismatch, agree
@@ -92,6 +92,15 @@ def test_posted_receives_keep_the_memory_that_1f1b_saves():
     for k, rank in enumerate(ranks):
         assert rank["peak_posted"]["activations"] <= min(7, 3 - k + 1)
         assert rank["peak_posted"]["gradients"] <= min(7, 3 - k)
+
+
+@pytest.mark.parametrize("make", [gpipe(3, 3), looped(2, 2, 3)])
+def test_a_schedule_without_backwards_evaluates(make):
+    """The losses of training, and nothing kept or changed."""
+    ranks, trained = run_step(TINY_RUN, forward_only(make)), run_step(TINY_RUN, make)
+    assert [rank["losses"] for rank in ranks] == [rank["losses"] for rank in trained]
+    assert [rank["peak_stash"] for rank in ranks] == [0] * len(ranks)
+    assert all(gradient is None for gradient in gradients_of(ranks).values())
 
 
 def test_more_micro_batches_than_rows():
