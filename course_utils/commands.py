@@ -12,7 +12,6 @@ from typing import Any
 from tqdm import tqdm
 
 from course_utils.processes import StageError
-from course_utils.reference import fingerprint_table, one_string_per_column
 from course_utils.schedules import SCHEDULES
 from course_utils.training import Step, TrainingConfig, TrainingResult, train
 
@@ -122,6 +121,8 @@ def write_atomically(path: Path, content: dict[str, Any]) -> None:
 
 
 def fingerprint_command(options: argparse.Namespace) -> int:
+    from course_utils.reference import fingerprint_table, one_string_per_column  # loads torch's engine, a second
+
     table = fingerprint_table()
     if options.json:
         print(json.dumps(table, indent=2))

@@ -12,8 +12,9 @@ from torch import Tensor
 from course_utils.number_words import END, PAD, START, TARGET, Batch
 from course_utils.pipeline import Pipeline
 from course_utils.stages import CutModel, Stage
-from course_utils.transfer import Specs, StepPlan, agree
+from course_utils.transfer import PlanMismatch, Specs, StepPlan, agree
 from course_utils.transformer import Carry
+from course_utils.transports import describe
 
 
 @torch.no_grad()
@@ -31,10 +32,12 @@ def greedy_decode(pipeline: Pipeline, cut: CutModel, source: Tensor, max_length:
 
     Raises:
         PlanMismatch: if the ranks were given sources of different shapes.
-        RuntimeError: in the middle of a training step, whose messages are still under way.
+        RuntimeError: in the middle of a training step, whose messages are still under way, or after `expect`.
     """
     if pipeline.stash:
         raise RuntimeError(f"{len(pipeline.stash)} micro-batches wait for their backward; finish the step, then decode")
+    if pipeline.expected is not None:
+        raise RuntimeError("expect() has posted the receives of a step; run that step, then decode")
     rows, source_length = source.shape
     one_plan = StepPlan([(rows, source_length, max_length)], cut.carry_after, cut.num_stages)
     agree(pipeline.transport, one_plan)
@@ -92,8 +95,9 @@ def receive(pipeline: Pipeline, specs: Specs, source: int) -> Carry:
 def send(pipeline: Pipeline, specs: Specs, carry: Carry, destination: int) -> None:
     """Send the tensors that specs name."""
     for tensor, spec in zip(carry, specs, strict=True):
-        if spec is not None and tensor is not None:
-            assert tensor.shape == spec.shape and tensor.dtype == spec.dtype
+        if spec is not None:
+            if tensor is None or tensor.shape != spec.shape or tensor.dtype != spec.dtype:
+                raise PlanMismatch(f"a decode hands on {describe(spec)} here, the stage gave {describe(tensor)}")
             operation = pipeline.transport.isend(tensor.contiguous(), destination, "hidden states of a decode")
             pipeline.transport.wait(operation)
 

@@ -83,6 +83,8 @@ class Pipeline:
 
         Only for a step that comes next: whatever is sent next on the same channels arrives in these buffers.
         """
+        if self.expected is not None:
+            raise RuntimeError("expect() was called twice; run the step that it announced first")
         self.expected = Exchange(self.transport, self.schedule, plan, self.posting, self.device)
 
     def step(
@@ -105,14 +107,14 @@ class Pipeline:
         Returns:
             {micro-batch: its share of the loss}, empty on ranks without the last stage.
         """
+        if self.expected is not None and self.expected.plan.digest != plan.digest:  # its receives stay posted: no retry
+            raise PlanMismatch(f"expect() was told {self.expected.plan}; this step has {plan}. Give it the same plan.")
         self.stash = {}
         self.handed_over: dict[Action, Tensors] = {}  # between two stages of this rank
         self.losses: dict[int, Tensor] = {}
         self.peak_stash = 0
         self.exchange = self.expected or Exchange(self.transport, self.schedule, plan, self.posting, self.device)
         self.expected = None
-        if self.exchange.plan.digest != plan.digest:
-            raise PlanMismatch(f"expect() was told {self.exchange.plan}; this step has {plan}. Give it the same plan.")
         with torch.set_grad_enabled(self.trains), self.compute_context():
             for number, action in enumerate(self.schedule.actions[self.transport.rank], start=1):
                 arrived = self.take_in(action)

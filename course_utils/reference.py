@@ -37,9 +37,10 @@ def runs(config: TrainingConfig, even: bool) -> Iterator[tuple[str, Run]]:
             yield f"threads K={stages} {name}", lambda cut=cut: train(cut, run=run_in_threads)  # type: ignore[misc]
     two_chunks = looped(2, 2, config.micro_batches)
     yield "threads V=2 on 2 ranks", lambda: train(config, two_chunks, run=run_in_threads)
-    for stages, name in ((2, "naive"), (2, "gpipe"), (3, "1f1b"), (4, "gpipe")):
-        cut = replace(config, stages=stages, schedule=name)
-        yield f"processes K={stages} {name}", lambda cut=cut: train(cut)  # type: ignore[misc]
+    for stages in (1, 2, 3, 4):
+        for name in SCHEDULES:
+            cut = replace(config, stages=stages, schedule=name)
+            yield f"processes K={stages} {name}", lambda cut=cut: train(cut)  # type: ignore[misc]
     yield "processes V=2 on 2 ranks", lambda: train(config, two_chunks)
     for stages, name in ((2, "gpipe"), (3, "gpipe"), (2, "1f1b"), (3, "1f1b")):
         if even and (name == "gpipe" or config.micro_batches >= stages):

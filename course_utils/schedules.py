@@ -104,7 +104,7 @@ class Schedule:
 
     def to_text(self) -> str:
         """One line per rank, `0F0,0F1,0B0,0B1`: the format of torch.distributed.pipelining's schedule files."""
-        return "\n".join(",".join(map(str, row)) for row in self.actions)
+        return "\n".join(",".join(map(str, row)) or "," for row in self.actions)
 
 
 def one_stage_per_rank(num_micro_batches: int, rows: Sequence[Sequence[Action]]) -> Schedule:
@@ -136,7 +136,7 @@ def gpipe(num_stages: int, num_micro_batches: int) -> Schedule:
 def one_f_one_b(num_stages: int, num_micro_batches: int) -> Schedule:
     """One forward, one backward (Narayanan et al., 2021, section 2.2): stage k keeps min(M, K - k) micro-batches.
 
-    As fast as GPipe, which keeps M everywhere.
+    With equal stages, and messages that take no time, it is as fast as GPipe, which keeps M everywhere.
     """
     check_sizes(num_stages, num_micro_batches)
     rows = []
@@ -190,14 +190,15 @@ def parse(text: str, rank_of_stage: Sequence[int] | None = None) -> Schedule:
     """Read what `Schedule.to_text` writes.
 
     Args:
-        text: one line per rank; spaces do not count, an empty line between two others is a rank that does nothing.
+        text: one line per rank; a line with nothing but a comma is a rank that does nothing; spaces around actions do
+            not count.
         rank_of_stage: by default it is taken from the lines in which the stages appear.
 
     Raises:
         ScheduleError: for a word that is no action, naming the line.
     """
     rows = []
-    for number, line in enumerate(text.strip("\n").split("\n")):
+    for number, line in enumerate(text.strip().split("\n")):
         words = [word.strip() for word in line.split(",") if word.strip()]
         rows.append(tuple(parse_action(word, number) for word in words))
     actions = [action for row in rows for action in row]

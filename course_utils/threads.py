@@ -207,7 +207,7 @@ def run_in_threads(
 
     Raises:
         Deadlock: as soon as no rank can go on.
-        WaitTimeout: a limit was passed; it says what every rank was doing.
+        WaitTimeout: a limit was passed.
         Exception: whatever the function raised first; the other ranks are stopped at their next wait.
     """
     if world_size < 1:

@@ -50,13 +50,21 @@ class TrainingConfig:
             raise ValueError(f"unknown schedule {self.schedule!r}; there are {', '.join(SCHEDULES)}")
         if self.steps < 0:
             raise ValueError(f"the number of steps is {self.steps}; it must be at least 0")
+        if not self.max_norm > 0:
+            raise ValueError(f"max_norm is {self.max_norm}; it must be above 0 (infinity clips nothing)")
         if not 1 <= self.micro_batches <= self.batch_size:
             raise ValueError(
                 f"the number of micro-batches is {self.micro_batches}; a batch of {self.batch_size} rows gives 1 to "
                 f"{self.batch_size} (no micro-batch may be empty)"
             )
         by_count(len(block_builders(self.model)), self.stages)
-        split_numbers(self.lowest, self.highest, self.training_numbers, self.held_out, self.seed)
+        numbers = split_numbers(self.lowest, self.highest, self.training_numbers, self.held_out, self.seed)
+        if self.batch_size > len(numbers.training):
+            raise ValueError(
+                f"batch_size is {self.batch_size}, more than the {len(numbers.training)} numbers to train on: "
+                "use a smaller batch"
+            )
+        make_optimizer(self, [])  # refuses what makes no learning rate
 
     @property
     def cut(self) -> CutModel:
@@ -86,6 +94,7 @@ class TrainingResult:
     """A finished run.
 
     Attributes:
+        schedule: what the ranks ran, which need not be the one that config names; None on one device.
         steps: one entry per step.
         seconds: time of the training loop, without start-up and evaluation.
         answers: for each held-out number the words that the model gave.
@@ -93,6 +102,7 @@ class TrainingResult:
     """
 
     config: TrainingConfig
+    schedule: Schedule | None
     steps: list[Step]
     seconds: float
     answers: dict[int, str]
@@ -114,7 +124,7 @@ def micro_batches_of(config: TrainingConfig, numbers: tuple[int, ...], step: int
 
 def make_optimizer(config: TrainingConfig, parameters: list[Tensor]) -> tuple[torch.optim.Adam, Noam]:
     """Adam with the settings of Vaswani et al. (2017), section 5.3, and its learning rate."""
-    optimizer = torch.optim.Adam(parameters, lr=1.0, betas=(0.9, 0.98), eps=1e-9)
+    optimizer = torch.optim.Adam([{"params": parameters}], lr=1.0, betas=(0.9, 0.98), eps=1e-9)
     return optimizer, Noam(optimizer, config.model.d_model, config.warm_up, config.learning_rate_factor)
 
 
@@ -209,6 +219,7 @@ def train(
     weights = {name: tensor for rank in ranks for name, tensor in rank["weights"].items()}
     return TrainingResult(
         config=config,
+        schedule=schedule,
         steps=steps,
         seconds=max(rank["seconds"] for rank in ranks),
         answers=ranks[0]["answers"],
@@ -265,14 +276,14 @@ def plain_loop(config: TrainingConfig) -> TrainingResult:
     record.add_weights(named)
     weights = {name: parameter.detach() for name, parameter in named}
     answers = dict(zip(numbers.held_out, answer(config, weights, numbers.held_out), strict=True))
-    return TrainingResult(config, steps, seconds, answers, fingerprint([record.summary()]), weights)
+    return TrainingResult(config, None, steps, seconds, answers, fingerprint([record.summary()]), weights)
 
 
 def answer(config: TrainingConfig, weights: dict[str, Tensor], numbers: tuple[int, ...] | list[int]) -> list[str]:
     """What a model with these weights says to numbers, in this process.
 
     Raises:
-        ValueError: for anything that is not a whole number of at least 0.
+        ValueError: for anything that is neither a whole number of at least 0 nor a string of digits.
     """
     if not numbers:
         return []
@@ -285,6 +296,6 @@ def answer(config: TrainingConfig, weights: dict[str, Tensor], numbers: tuple[in
             for name, parameter in stage.named_parameters_globally():
                 parameter.copy_(weights[name])
         pipeline = Pipeline({0: stage}, forward_only(gpipe(1, 1)), worker.transport, cut.carry_after)
-        return as_words(greedy_decode(pipeline, cut, source, config.max_tokens))
+        return as_words(greedy_decode(pipeline, cut, source, max(config.max_tokens, source.shape[1] + 1)))
 
     return run_in_threads(decode, 1)[0]

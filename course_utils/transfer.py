@@ -182,7 +182,7 @@ def agree(transport: Transport, plan: StepPlan) -> None:
     Raises:
         PlanMismatch: on every rank, with all plans that differ.
     """
-    gathering = Gathering(transport, len(plan.digest), "the plan of the step")
+    gathering = Gathering(transport, len(plan.digest), "the plan, which all ranks compare before they begin")
     check_digests(transport, plan, [t.numpy().tobytes() for t in gathering.share(as_bytes(plan.digest))])
 
 

@@ -69,7 +69,7 @@ class Transport(Protocol):
         """Start to receive into a buffer of exactly the shape and dtype that the peer sends."""
 
     def wait(self, operation: Any) -> None:
-        """Wait until an operation is through. Raises WaitTimeout or PeerLost."""
+        """Wait until an operation is through. Raises WaitTimeout, PeerLost, or in threads Deadlock."""
 
 
 @dataclass

@@ -12,7 +12,7 @@ from course_utils.schedules import Schedule, gpipe, looped
 from course_utils.threads import run_in_threads
 from course_utils.transfer import PlanMismatch
 from course_utils.transports import Worker
-from tests.models import TINY_RUN
+from tests.models import TINY_RUN, one_step
 
 NUMBERS = (7, 123, 4096, 55, 90210)
 
@@ -86,6 +86,19 @@ def test_not_in_the_middle_of_a_step():
 
     with pytest.raises(RuntimeError, match="1 micro-batches wait for their backward"):
         run_in_threads(wrong, 1)
+
+
+def test_not_between_expect_and_its_step():
+    """The decode's messages would land in the buffers of the step."""
+
+    def decode(worker: Worker) -> None:
+        cut = TINY_RUN.cut
+        pipeline = Pipeline({worker.rank: cut.build(worker.rank, 0)}, gpipe(2, 3), worker.transport, cut.carry_after)
+        pipeline.expect(pipeline.plan(one_step()[0]))
+        greedy_decode(pipeline, cut, collate(NUMBERS).source, max_length=6)
+
+    with pytest.raises(RuntimeError, match="run that step, then decode"):
+        run_in_threads(decode, 2)
 
 
 def test_as_words():

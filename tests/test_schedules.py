@@ -219,3 +219,20 @@ def test_forward_only_leaves_the_order_of_the_forwards(schedule: Schedule) -> No
     for row, whole in zip(evaluation.actions, schedule.actions, strict=True):
         assert list(row) == [action for action in whole if action.kind == "F"]
     assert peak_stash(evaluation) == [0] * schedule.num_ranks
+
+
+@pytest.mark.parametrize("idle", [0, 1, 2])
+def test_the_text_of_a_schedule_with_an_idle_rank(idle):
+    rows = list(gpipe(2, 3).actions)
+    rows.insert(idle, ())
+    ranks = tuple(rank for rank in range(3) if rank != idle)
+    schedule = Schedule(3, ranks, tuple(rows))
+    assert parse(schedule.to_text(), ranks) == parse(schedule.to_text()) == schedule
+
+
+def test_an_indented_text_has_no_rank_too_many():
+    text = """
+        0F0,0B0
+        1F0,1B0
+        """
+    assert parse(text) == gpipe(2, 1)

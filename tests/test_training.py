@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from course_utils.number_words import END
 from course_utils.optimization import Noam
 from course_utils.processes import StageError
-from course_utils.schedules import looped
+from course_utils.schedules import Schedule, gpipe, looped
 from course_utils.threads import run_in_threads
 from course_utils.training import TrainingConfig, answer, train, train_on_one_device
 from course_utils.validity import NotAscending
@@ -42,6 +43,21 @@ def test_weights_of_all_stages_come_back_in_model_order():
     assert all(torch.equal(result.weights[name], tensor) for name, tensor in reference.weights.items())
     assert result.answers == reference.answers
     assert answer(result.config, result.weights, list(result.answers)) == list(result.answers.values())
+
+
+ROWS = gpipe(2, 3).actions
+IDLE = [
+    Schedule(3, (0, 2), (ROWS[0], (), ROWS[1])),
+    Schedule(3, (1, 2), ((), *ROWS)),
+    Schedule(3, (0, 1), (*ROWS, ())),
+]
+
+
+@pytest.mark.parametrize("schedule", IDLE, ids=lambda schedule: str(schedule.rank_of_stage))
+def test_a_rank_without_stages_joins_in(schedule):
+    result, reference = train(TINY_RUN, schedule, run=run_in_threads), train_on_one_device(TINY_RUN)
+    assert (result.fingerprint, result.answers) == (reference.fingerprint, reference.answers)
+    assert result.schedule == schedule
 
 
 def poison(config: TrainingConfig, monkeypatch: pytest.MonkeyPatch, at_call: int, stage: int) -> None:
@@ -83,6 +99,10 @@ def test_a_gradient_that_is_not_finite_on_one_stage_skips_the_step_everywhere(mo
         ({"schedule": "magic"}, "'magic'.*naive, gpipe, 1f1b"),
         ({"steps": -1}, "steps is -1"),
         ({"held_out": 10**7}, "10000000"),
+        ({"max_norm": 0}, "max_norm is 0"),
+        ({"warm_up": 0}, "warm_up is 0"),
+        ({"learning_rate_factor": -1}, "factor is -1"),
+        ({"batch_size": 201}, "batch_size is 201, more than the 200 numbers"),
     ],
 )
 def test_what_cannot_be_run_is_refused_before_anything_starts(changes, named):
@@ -91,10 +111,15 @@ def test_what_cannot_be_run_is_refused_before_anything_starts(changes, named):
 
 
 def test_an_invalid_schedule_is_refused_before_anything_starts():
-    from course_utils.schedules import gpipe
-
     with pytest.raises(NotAscending, match="0B1 comes before 0B0"):
         train(TINY_RUN, descending(gpipe(2, 3)))
+
+
+def test_longer_numbers_than_it_was_trained_on_are_not_cut_short():
+    result = train_on_one_device(TINY_RUN)
+    result.weights["07.head.linear.bias"][END] = -1e9  # a model that never ends by itself
+    (words,) = answer(result.config, result.weights, [123456789])
+    assert len(words.split()) == 10
 
 
 def test_no_steps_and_nothing_held_out():
