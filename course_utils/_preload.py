@@ -36,8 +36,10 @@ def end_with_the_caller() -> None:
 
 
 try:
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(HOME / "inductor"))  # made on import; here it is removed again
     import cloudpickle  # noqa: F401
     import torch._dynamo  # noqa: F401  a second of work that each worker's first optimizer step would do by itself
     import torch.distributed  # noqa: F401
 finally:
-    (HOME / f"ready-{SERVER}").touch()
+    with contextlib.suppress(FileNotFoundError):  # the caller has stopped in the meantime
+        (HOME / f"ready-{SERVER}").touch()

@@ -38,17 +38,19 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("train", help="train numbers to words over several stages")
-    defaults = TrainingConfig()
-    command.add_argument("--stages", type=int, default=defaults.stages, help="K (default: %(default)s)")
-    command.add_argument("--micro-batches", type=int, default=defaults.micro_batches, help="M (default: %(default)s)")
+    defaults, shown = TrainingConfig(), "(default: %(default)s)"
+    command.add_argument("--stages", type=int, default=defaults.stages, help=f"number of stages, K {shown}")
+    command.add_argument(
+        "--micro-batches", type=int, default=defaults.micro_batches, help=f"pieces of a batch, M {shown}"
+    )
     command.add_argument("--schedule", choices=SCHEDULES, default=defaults.schedule, help="default: %(default)s")
     command.add_argument("--steps", type=int, default=defaults.steps, help="default: %(default)s")
-    command.add_argument("--batch-size", type=int, default=defaults.batch_size, help="rows (default: %(default)s)")
+    command.add_argument("--batch-size", type=int, default=defaults.batch_size, help=f"numbers per step {shown}")
     command.add_argument("--seed", type=int, default=defaults.seed, help="default: %(default)s")
     command.add_argument("--out", type=Path, metavar="FOLDER", help="where result.json goes")
     command.set_defaults(command=train_command)
 
-    command = commands.add_parser("fingerprint", help="show that every way of running a step gives the same bits")
+    command = commands.add_parser("fingerprint", help="show that every way to train gives the same bits (some minutes)")
     command.add_argument("--json", action="store_true", help="{column: {row: string}}")
     command.set_defaults(command=fingerprint_command)
     return top
@@ -66,7 +68,8 @@ def train_command(options: argparse.Namespace) -> int:
     if options.out is not None:
         check_writable(options.out)
     print(f"{config.stages} stages, {config.micro_batches} micro-batches, schedule {config.schedule}", flush=True)
-    with tqdm(total=config.steps, unit="step", disable=None) as bar:
+    form = "{n}/{total} [{remaining} left{postfix}]"  # a bar would leave no room for the figures in a terminal
+    with tqdm(total=config.steps, disable=None, bar_format=form, postfix="starting the stages") as bar:
         started, tokens = time.perf_counter(), 0
 
         def show(step: Step) -> None:
@@ -74,8 +77,8 @@ def train_command(options: argparse.Namespace) -> int:
             tokens += step.tokens
             rate = tokens / (time.perf_counter() - started)
             bar.set_postfix_str(
-                f"loss {step.loss:.3f}, learning rate {step.learning_rate:.1e}, "
-                f"gradient norm {step.gradient_norm:.2f}, {rate:,.0f} tokens/s"
+                f"loss {step.loss:.3f}, rate {step.learning_rate:.1e}, "
+                f"norm {step.gradient_norm:.2f}, {rate:,.0f} tokens/s"
             )
             bar.update()
 
@@ -108,9 +111,12 @@ def summary(result: TrainingResult) -> dict[str, Any]:
 
 def check_writable(folder: Path) -> None:
     """Make the folder and try to write: better now than after the training. Raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write to --out {folder} ({error.strerror}); name a folder that can be written") from None
 
 
 def write_atomically(path: Path, content: dict[str, Any]) -> None:

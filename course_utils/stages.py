@@ -91,28 +91,33 @@ def by_cost(costs: Sequence[float], num_stages: int) -> Partition:
 
 
 def measure_costs(builders: Sequence[BlockBuilder], batch: Batch, seed: int, repetitions: int = 5) -> list[float]:
-    """Seconds of forward + backward per block on this batch: the median of `repetitions`, after one to warm up.
+    """Seconds of forward + backward per block on this batch: the median of `repetitions`, on one thread.
 
     One block exists at a time, so a model that is too large for this process can be measured in it.
     """
     if repetitions < 1:
         raise ValueError(f"repetitions must be at least 1, got {repetitions}")
-    costs = []
-    carry: Carry = (None, None)
-    for builder in builders:
-        block = builder.build(seed)
-        received = carry
-        seconds = []
-        for _ in range(1 + repetitions):
-            started = time.perf_counter()
-            leaves = _detached(received)
-            carry = block(leaves, batch, generator_for(seed, 0, 0, builder.index))
-            sent = [tensor for tensor in carry if tensor is not None and tensor.requires_grad]
-            torch.autograd.backward(sent, [torch.ones_like(tensor) for tensor in sent])
-            seconds.append(time.perf_counter() - started)
-        costs.append(statistics.median(seconds[1:]))
-        carry = _detached(carry)
-    return costs
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as on a stage
+    try:
+        costs = []
+        carry: Carry = (None, None)
+        for builder in builders:
+            block = builder.build(seed)
+            received = carry
+            seconds = []
+            for _ in range(1 + repetitions):
+                started = time.perf_counter()
+                leaves = _detached(received)
+                carry = block(leaves, batch, generator_for(seed, 0, 0, builder.index))
+                sent = [tensor for tensor in carry if tensor is not None and tensor.requires_grad]
+                torch.autograd.backward(sent, [torch.ones_like(tensor) for tensor in sent])
+                seconds.append(time.perf_counter() - started)
+            costs.append(statistics.median(seconds[1:]))
+            carry = _detached(carry)
+        return costs
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def _detached(carry: Carry) -> Carry:

@@ -52,6 +52,8 @@ class TrainingConfig:
             raise ValueError(f"the number of steps is {self.steps}; it must be at least 0")
         if not self.max_norm > 0:
             raise ValueError(f"max_norm is {self.max_norm}; it must be above 0 (infinity clips nothing)")
+        if self.batch_size < 1:
+            raise ValueError(f"the batch size is {self.batch_size}; it must be at least 1")
         if not 1 <= self.micro_batches <= self.batch_size:
             raise ValueError(
                 f"the number of micro-batches is {self.micro_batches}; a batch of {self.batch_size} rows gives 1 to "

@@ -24,7 +24,6 @@ MY_WORK = COURSE / "my_work"
 FOLDERS = ("notebooks", "exercises")  # they keep their names in my_work/, so links between them work there too
 NOT_COPIED = {"sources", "__pycache__"}
 RECORD = ".copies.json"  # {path of a copy: [hash of what was copied, hash of the newest one the learner was given]}
-FIRST_LESSON = "notebooks/00_start_here.ipynb"
 
 
 @dataclass
@@ -181,8 +180,9 @@ def write_if_new(path: Path, text: str) -> None:
 def lab_arguments(my_work: Path, first_time: bool, options: list[str]) -> list[str]:
     """JupyterLab's arguments. (A file given as an argument would make that file's folder the root.)"""
     arguments = [f"--ServerApp.root_dir={my_work}"]
-    if first_time and (my_work / FIRST_LESSON).exists():
-        arguments.append(f"--LabApp.default_url=/lab/tree/{FIRST_LESSON}")
+    lessons = sorted((my_work / "notebooks").glob("*.ipynb"))
+    if first_time and lessons:
+        arguments.append(f"--LabApp.default_url=/lab/tree/notebooks/{lessons[0].name}")
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         arguments.append("--allow-root")  # as in most containers; JupyterLab would refuse to start
     return arguments + options

@@ -50,7 +50,8 @@ def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, capsys, argument
 def test_a_folder_that_cannot_be_written_is_found_out_before_the_training(tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     assert main([*TRAIN, "--out", str(tmp_path / "file")]) == 2
-    assert "file" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"cannot write to --out {tmp_path / 'file'}" in error and "name a folder that can be written" in error
 
 
 def test_an_old_result_survives_a_failing_write(tmp_path, monkeypatch):

@@ -99,6 +99,7 @@ def test_a_gradient_that_is_not_finite_on_one_stage_skips_the_step_everywhere(mo
         ({"schedule": "magic"}, "'magic'.*naive, gpipe, 1f1b"),
         ({"steps": -1}, "steps is -1"),
         ({"held_out": 10**7}, "10000000"),
+        ({"batch_size": 0}, "batch size is 0"),
         ({"max_norm": 0}, "max_norm is 0"),
         ({"warm_up": 0}, "warm_up is 0"),
         ({"learning_rate_factor": -1}, "factor is -1"),

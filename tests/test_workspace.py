@@ -274,9 +274,9 @@ def test_news_and_warnings_are_off_and_other_settings_stay(tmp_path):
 def test_jupyterlab_opens_in_my_work_and_gets_the_options(mine):
     arguments = lab_arguments(mine, first_time=True, options=["--no-browser"])
     assert arguments[0] == f"--ServerApp.root_dir={mine}" and arguments[-1] == "--no-browser"
-    assert not any("default_url" in argument for argument in arguments)  # there is no first lesson yet
-    write_notebook(mine / workspace.FIRST_LESSON, "hello")
-    assert any(workspace.FIRST_LESSON in argument for argument in lab_arguments(mine, True, []))
+    write_notebook(mine / "notebooks" / "00_first.ipynb", "hello")
+    assert "--LabApp.default_url=/lab/tree/notebooks/00_first.ipynb" in lab_arguments(mine, True, [])
+    assert not any("default_url" in argument for argument in lab_arguments(mine / "empty", True, []))
     assert not any("default_url" in argument for argument in lab_arguments(mine, False, []))
 
 
