@@ -27,7 +27,7 @@ import torch.distributed as dist
 from course_utils import _by_value, _pipes, _server, _status_file, _worker
 from course_utils.processes import Run, StageError, launch, start
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.slow]  # a minute in all; `check` has test_training and others for it
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers need not import this file, and pytest with it
 
 ROOT = Path(__file__).parents[1]
