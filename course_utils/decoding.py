@@ -12,9 +12,8 @@ from torch import Tensor
 from course_utils.number_words import END, PAD, START, TARGET, Batch
 from course_utils.pipeline import Pipeline
 from course_utils.stages import CutModel, Stage
-from course_utils.transfer import PlanMismatch, Specs, StepPlan, agree
+from course_utils.transfer import Specs, StepPlan, agree, check_tensor
 from course_utils.transformer import Carry
-from course_utils.transports import describe
 
 
 @torch.no_grad()
@@ -96,9 +95,8 @@ def send(pipeline: Pipeline, specs: Specs, carry: Carry, destination: int) -> No
     """Send the tensors that specs name."""
     for tensor, spec in zip(carry, specs, strict=True):
         if spec is not None:
-            if tensor is None or tensor.shape != spec.shape or tensor.dtype != spec.dtype:
-                raise PlanMismatch(f"a decode hands on {describe(spec)} here, the stage gave {describe(tensor)}")
-            operation = pipeline.transport.isend(tensor.contiguous(), destination, "hidden states of a decode")
+            checked = check_tensor("hidden states of a decode", tensor, spec)
+            operation = pipeline.transport.isend(checked.contiguous(), destination, "hidden states of a decode")
             pipeline.transport.wait(operation)
 
 

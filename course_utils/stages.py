@@ -8,6 +8,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -90,6 +91,17 @@ def by_cost(costs: Sequence[float], num_stages: int) -> Partition:
     return _ranges(best[1])
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread, as every stage does: with more, sums are cut into other pieces; their last bits differ."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
 def measure_costs(builders: Sequence[BlockBuilder], batch: Batch, seed: int, repetitions: int = 5) -> list[float]:
     """Seconds of forward + backward per block on this batch: the median of `repetitions`, on one thread.
 
@@ -97,9 +109,7 @@ def measure_costs(builders: Sequence[BlockBuilder], batch: Batch, seed: int, rep
     """
     if repetitions < 1:
         raise ValueError(f"repetitions must be at least 1, got {repetitions}")
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as on a stage
-    try:
+    with one_thread():
         costs = []
         carry: Carry = (None, None)
         for builder in builders:
@@ -116,8 +126,6 @@ def measure_costs(builders: Sequence[BlockBuilder], batch: Batch, seed: int, rep
             costs.append(statistics.median(seconds[1:]))
             carry = _detached(carry)
         return costs
-    finally:
-        torch.set_num_threads(num_threads)
 
 
 def _detached(carry: Carry) -> Carry:

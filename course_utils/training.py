@@ -16,7 +16,7 @@ from course_utils.optimization import Noam, clip_by_global_norm, gradient_norms
 from course_utils.pipeline import Pipeline, sum_over_tokens
 from course_utils.processes import launch
 from course_utils.schedules import SCHEDULES, Schedule, forward_only, gpipe
-from course_utils.stages import CutModel, by_count
+from course_utils.stages import CutModel, by_count, one_thread
 from course_utils.threads import run_in_threads
 from course_utils.transfer import StepAgreement, agree
 from course_utils.transformer import TransformerConfig, block_builders
@@ -233,15 +233,10 @@ def train(
 def train_on_one_device(config: TrainingConfig) -> TrainingResult:
     """The same training without a pipeline: a plain loop over the micro-batches. The reference for all others.
 
-    It computes on one thread, as every stage does: with more, sums are cut into other pieces and their last bits
-    differ.
+    It computes on one thread, see `stages.one_thread`.
     """
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         return plain_loop(replace(config, stages=1))
-    finally:
-        torch.set_num_threads(num_threads)
 
 
 def plain_loop(config: TrainingConfig) -> TrainingResult:

@@ -126,7 +126,7 @@ class Exchange:
         operations = self.outbox[message] = []
         for tensor, spec in zip(tensors, specs, strict=True):
             if spec is not None:
-                checked = check_tensor(message, tensor, spec)
+                checked = check_tensor(f"{message} (stage {message.source} to {message.destination})", tensor, spec)
                 operations.append(self.transport.isend(checked.contiguous(), destination, message))
 
     def close(self, sent: Message) -> None:
@@ -140,13 +140,10 @@ class Exchange:
             self.close(message)
 
 
-def check_tensor(message: Message, tensor: torch.Tensor | None, spec: CarrySpec) -> torch.Tensor:
+def check_tensor(what: str, tensor: torch.Tensor | None, spec: CarrySpec) -> torch.Tensor:
     """The tensor, if it is what the receiver has a buffer for. Raises PlanMismatch."""
     if tensor is None or tensor.shape != spec.shape or tensor.dtype != spec.dtype:
-        raise PlanMismatch(
-            f"{message} (stage {message.source} to {message.destination}): the plan says {describe(spec)}, "
-            f"the stage gave {describe(tensor)}"
-        )
+        raise PlanMismatch(f"{what}: the plan says {describe(spec)}, the stage gave {describe(tensor)}")
     return tensor
 
 

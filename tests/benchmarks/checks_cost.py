@@ -62,7 +62,7 @@ def run_checks(cut: CutModel, micro_batches: list[Batch], carries: list[list[Ten
         message = Message(0, 1, number)
         for tensor, spec in zip(carry, plan.specs(message), strict=True):
             if spec is not None:
-                check_tensor(message, tensor, spec)
+                check_tensor(f"{message} (stage {message.source} to {message.destination})", tensor, spec)
     check_digests(NO_TRANSPORT, plan, cut.num_stages * [plan.digest])
 
 
