@@ -6,14 +6,17 @@ import os
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from course_utils.precision import LOW_PRECISION, PRECISIONS
 from course_utils.processes import StageError
-from course_utils.schedules import SCHEDULES
-from course_utils.training import Step, TrainingConfig, TrainingResult, train
+from course_utils.recipes import RECIPES
+from course_utils.schedules import POLICIES, SCHEDULES
+from course_utils.training import Step, TrainingResult, train
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,15 +41,23 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("train", help="train numbers to words over several stages")
-    defaults, shown = TrainingConfig(), "(default: %(default)s)"
-    command.add_argument("--stages", type=int, default=defaults.stages, help=f"number of stages, K {shown}")
-    command.add_argument(
-        "--micro-batches", type=int, default=defaults.micro_batches, help=f"pieces of a batch, M {shown}"
-    )
-    command.add_argument("--schedule", choices=SCHEDULES, default=defaults.schedule, help="default: %(default)s")
-    command.add_argument("--steps", type=int, default=defaults.steps, help="default: %(default)s")
-    command.add_argument("--batch-size", type=int, default=defaults.batch_size, help=f"numbers per step {shown}")
-    command.add_argument("--seed", type=int, default=defaults.seed, help="default: %(default)s")
+    defaults = RECIPES["default"]
+
+    def option(name: str, meaning: str, **how: Any) -> None:
+        """An option that replaces a field of the recipe; `--batch-size` sets batch_size."""
+        default = getattr(defaults, name[2:].replace("-", "_"))
+        command.add_argument(name, help=f"{meaning} (default: {default})", default=None, **how)
+
+    command.add_argument("--recipe", choices=RECIPES, default="default", help="what all other options start from")
+    option("--stages", "number of stages, K", type=int)
+    option("--micro-batches", "pieces of a batch, M", type=int)
+    option("--schedule", "order of forwards and backwards", choices=SCHEDULES)
+    option("--steps", "how often the weights change", type=int)
+    option("--batch-size", "numbers per step", type=int)
+    option("--seed", "of weights, batches and dropout", type=int)
+    option("--precision", "of matrix products; auto measures", choices=PRECISIONS)
+    option("--rematerialisation", "forwards that are computed again instead of kept", choices=POLICIES)
+    option("--wire-dtype", "what messages are rounded to", choices=LOW_PRECISION)
     command.add_argument("--out", type=Path, metavar="FOLDER", help="where result.json goes")
     command.set_defaults(command=train_command)
 
@@ -57,14 +68,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def train_command(options: argparse.Namespace) -> int:
-    config = TrainingConfig(
-        stages=options.stages,
-        micro_batches=options.micro_batches,
-        schedule=options.schedule,
-        steps=options.steps,
-        batch_size=options.batch_size,
-        seed=options.seed,
-    )
+    recipe = RECIPES[options.recipe]
+    given = {name: value for name, value in vars(options).items() if hasattr(recipe, name) and value is not None}
+    config = replace(recipe, **given)
     if options.out is not None:
         check_writable(options.out)
     print(f"{config.stages} stages, {config.micro_batches} micro-batches, schedule {config.schedule}", flush=True)
@@ -102,6 +108,9 @@ def summary(result: TrainingResult) -> dict[str, Any]:
         "stages": result.config.stages,
         "micro_batches": result.config.micro_batches,
         "schedule": result.config.schedule,
+        "precision": result.config.precision,
+        "rematerialisation": result.config.rematerialisation,
+        "wire_dtype": result.config.wire_dtype,
         "steps": len(result.steps),
         "seconds": result.seconds,
         "seed": result.config.seed,

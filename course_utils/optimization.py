@@ -1,6 +1,7 @@
 """What must be the same on every stage: the learning rate, the norm of all gradients, the decision to skip a step."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,3 +80,71 @@ def clip_by_global_norm(parameters: Iterable[Tensor], norms: Tensor, max_norm: f
             if parameter.grad is not None:
                 parameter.grad.mul_(scale)
     return total.item()
+
+
+class LossScaler:
+    """Multiplies the loss, so that small gradients do not vanish in float16 (Micikevicius et al., 2018, section 3.2).
+
+    The scale is halved whenever a gradient was not finite, and that step is skipped; after `growth_interval` good steps
+    in a row it is doubled. torch's GradScaler does the same for one process. Its decision knows that process's
+    gradients only, so stages that used it would diverge; this one is told the decision of all stages, and every stage
+    that starts from the same scale keeps it.
+
+    Per step: backward with `scale`, `unscale`, clip by the global norm, skip or update the weights, `update`.
+
+    Args:
+        scale: to begin with; a power of two changes no bit of a gradient that stays finite and normal.
+        enabled: if False the scale is 1 and stays so; bfloat16 and float32 need none.
+
+    Raises:
+        ValueError: for a scale that is not positive, factors on the wrong side of 1, an interval below 1.
+    """
+
+    def __init__(
+        self,
+        scale: float = 65536.0,
+        growth_factor: float = 2.0,
+        backoff_factor: float = 0.5,
+        growth_interval: int = 2000,
+        enabled: bool = True,
+    ):
+        if not 0 < scale < float("inf"):
+            raise ValueError(f"scale is {scale}; it must be positive and finite")
+        if not growth_factor > 1:
+            raise ValueError(f"growth_factor is {growth_factor}; it must be above 1")
+        if not 0 < backoff_factor < 1:
+            raise ValueError(f"backoff_factor is {backoff_factor}; it must be between 0 and 1")
+        if growth_interval < 1:
+            raise ValueError(f"growth_interval is {growth_interval}; it must be at least 1")
+        self.growth_factor, self.backoff_factor, self.growth_interval = growth_factor, backoff_factor, growth_interval
+        self.enabled, self.good_steps = enabled, 0
+        self.scale = torch.tensor(scale, dtype=torch.float32).item() if enabled else 1.0
+
+    def unscale(self, parameters: Iterable[Tensor]) -> None:
+        """Divide the gradients of this rank by the scale; before they are clipped, or the norm would be scaled too."""
+        if self.enabled:
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(1.0 / self.scale)
+
+    def update(self, skipped: bool) -> None:
+        """After each step. skipped: whether a gradient of *any* stage was not finite."""
+        if not self.enabled:
+            return
+        self.good_steps = 0 if skipped else self.good_steps + 1
+        if skipped:
+            self.multiply(self.backoff_factor)
+        elif self.good_steps == self.growth_interval:
+            self.good_steps = 0
+            self.multiply(self.growth_factor)
+
+    def multiply(self, factor: float) -> None:
+        """The scale is a float32, as in torch; it does not grow beyond the largest one."""
+        changed = torch.tensor(self.scale * factor, dtype=torch.float32).item()
+        self.scale = changed if changed < float("inf") else self.scale
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"scale": self.scale, "good_steps": self.good_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.scale, self.good_steps = float(state["scale"]), int(state["good_steps"])

@@ -19,11 +19,15 @@ RAGGED = {
     )
     for m in (1, 2, 5, 8)
 }
+# ... also with matrix products in bfloat16 ...
+LOW = {"M=5 bf16": replace(RAGGED["M=5"], precision="bf16")}
 # ... and batches of one shape, for which torch's own engine is defined too.
 EVEN = {
     f"M={m} even": replace(RAGGED["M=1"], micro_batches=m, batch_size=16, lowest=100_000, trim_padding=False)
     for m in (2, 8)
 }
+
+COLUMNS = RAGGED | LOW | EVEN
 
 Run = Callable[[], TrainingResult]
 
@@ -31,6 +35,9 @@ Run = Callable[[], TrainingResult]
 def runs(config: TrainingConfig, even: bool) -> Iterator[tuple[str, Run]]:
     """The name of every way to run a configuration, and a function that does it."""
     yield "one device", lambda: train_on_one_device(config)
+    for policy in ("always", "except_last"):
+        recomputed = replace(config, stages=3, rematerialisation=policy)
+        yield f"threads K=3 gpipe recompute {policy}", lambda cut=recomputed: train(cut, run=run_in_threads)  # type: ignore[misc]
     for stages in (1, 2, 3, 4):
         for name in SCHEDULES:
             cut = replace(config, stages=stages, schedule=name)
@@ -50,16 +57,16 @@ def runs(config: TrainingConfig, even: bool) -> Iterator[tuple[str, Run]]:
 
 def column(name: str) -> dict[str, str]:
     """{row: fingerprint} of one column of the table."""
-    config = (RAGGED | EVEN)[name]
+    config = COLUMNS[name]
     return {row: run().fingerprint for row, run in runs(config, even=name in EVEN)}
 
 
 def fingerprint_table() -> dict[str, dict[str, str]]:
-    """{column: {row: fingerprint}}; columns are numbers of micro-batches, rows are ways to run them.
+    """{column: {row: fingerprint}}; columns are numbers of micro-batches and precisions, rows are ways to run them.
 
     20 steps of training with dropout, clipping and Noam's learning rate; gradients of every step and the final weights.
     """
-    return {name: column(name) for name in [*RAGGED, *EVEN]}
+    return {name: column(name) for name in COLUMNS}
 
 
 def one_string_per_column(table: dict[str, dict[str, str]]) -> bool:

@@ -15,7 +15,10 @@ class ScheduleError(ValueError):
 
 
 class Action(NamedTuple):
-    """One stage computes one micro-batch. kind: "F" is the forward, "B" the backward pass. In text: `0F3`."""
+    """One stage computes one micro-batch. In text: `0F3`.
+
+    kind: "F" is the forward, "B" the backward pass; "R" recomputes a forward whose results were not kept.
+    """
 
     kind: str
     stage: int
@@ -68,12 +71,17 @@ class Schedule:
 
     def source_of(self, action: Action) -> Action | None:
         """The action whose result this one takes in; None for the first forward and the last backward."""
-        stage = action.stage - 1 if action.kind == "F" else action.stage + 1
-        return Action(action.kind, stage, action.micro_batch) if 0 <= stage < self.num_stages else None
+        return self.neighbour(action, {"F": -1, "B": +1})
 
     def target_of(self, action: Action) -> Action | None:
         """The action that takes in this one's result."""
-        stage = action.stage + 1 if action.kind == "F" else action.stage - 1
+        return self.neighbour(action, {"F": +1, "B": -1})
+
+    def neighbour(self, action: Action, direction: dict[str, int]) -> Action | None:
+        """The same action in the next stage of a direction; recomputation stays within its stage and has none."""
+        if action.kind not in direction:
+            return None
+        stage = action.stage + direction[action.kind]
         return Action(action.kind, stage, action.micro_batch) if 0 <= stage < self.num_stages else None
 
     def received_by(self, action: Action) -> Message | None:
@@ -170,9 +178,36 @@ def looped(num_ranks: int, chunks: int, num_micro_batches: int) -> Schedule:
 
 
 def forward_only(schedule: Schedule) -> Schedule:
-    """The same schedule without its backwards, for evaluation."""
+    """The same schedule without its backwards and what serves them, for evaluation."""
     rows = tuple(tuple(action for action in row if action.kind == "F") for row in schedule.actions)
     return Schedule(schedule.num_micro_batches, schedule.rank_of_stage, rows)
+
+
+POLICIES = ("never", "always", "except_last")
+
+
+def rematerialise(schedule: Schedule, policy: str) -> Schedule:
+    """The same schedule with forwards recomputed (Huang et al., 2019, section 2.3; Chen et al., 2016).
+
+    A stage then keeps of a micro-batch only what it received, and computes its forward a second time, `R`, just before
+    the backward. Nothing but memory and time changes: dropout draws the same masks again.
+
+    Args:
+        policy: "never"; "always"; "except_last", where the last micro-batch keeps its results. In GPipe that costs one
+            more micro-batch's memory and saves one of M recomputations.
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"unknown policy {policy!r} of re-materialisation; there are {', '.join(POLICIES)}")
+    count = {"never": 0, "always": schedule.num_micro_batches, "except_last": schedule.num_micro_batches - 1}[policy]
+    rows = []
+    for row in schedule.actions:
+        new: list[Action] = []
+        for action in row:
+            if action.kind == "B" and action.micro_batch < count:
+                new.append(Action("R", action.stage, action.micro_batch))
+            new.append(action)
+        rows.append(tuple(new))
+    return Schedule(schedule.num_micro_batches, schedule.rank_of_stage, tuple(rows))
 
 
 SCHEDULES = {"naive": naive, "gpipe": gpipe, "1f1b": one_f_one_b}
@@ -215,8 +250,8 @@ def parse(text: str, rank_of_stage: Sequence[int] | None = None) -> Schedule:
 
 def parse_action(word: str, line: int) -> Action:
     """`0F3` -> Action("F", 0, 3)."""
-    for kind in "FB":
+    for kind in "FBR":
         stage, found, micro_batch = word.partition(kind)
         if found and stage.isdecimal() and micro_batch.isdecimal():
             return Action(kind, int(stage), int(micro_batch))
-    raise ScheduleError(f"{word!r} in line {line + 1} is no action; write the stage, F or B, the micro-batch: 0F3")
+    raise ScheduleError(f"{word!r} in line {line + 1} is no action; write the stage, F, B or R, the micro-batch: 0F3")

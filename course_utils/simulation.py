@@ -8,7 +8,7 @@ several messages share them.
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from course_utils.schedules import Action, Schedule
 from course_utils.timeline import Timeline
@@ -23,8 +23,12 @@ def simulate(
     backward: Costs = 1.0,
     transfer: float = 0.0,
     queues: str = "buffered",
+    recompute: Costs | None = None,
 ) -> Timeline:
     """Predict when each action of a step runs.
+
+    A recomputation (`schedules.rematerialise`) needs nothing from other ranks: it begins when the action before it has
+    ended, so that it may fill the wait for a gradient.
 
     Args:
         schedule: a whole step, or one without backwards (`schedules.forward_only`).
@@ -34,6 +38,7 @@ def simulate(
             others a receive is issued when the action before it has ended, and a message occupies its queue on both
             sides while it waits there and while it is under way: what is behind it waits too, although it could move
             (head-of-line blocking).
+        recompute: how long a micro-batch's forward takes when it is computed once more; None: as long as `forward`.
 
     Returns:
         A timeline that starts at 0, rank by rank in the order of the schedule.
@@ -45,6 +50,7 @@ def simulate(
     cost = {
         "F": costs_per_stage("forward", forward, schedule.num_stages),
         "B": costs_per_stage("backward", backward, schedule.num_stages),
+        "R": costs_per_stage("recompute", forward if recompute is None else recompute, schedule.num_stages),
     }
     check_cost("transfer", transfer, may_be_zero=True)
     check_runs(schedule, queues)
@@ -55,36 +61,78 @@ def simulate(
         begins[node] = max((ends[other] for other in needs[node]), default=0.0)
         lasts = cost[node.kind][node.stage] if isinstance(node, Action) else transfer
         ends[node] = begins[node] + lasts
-    timeline = Timeline(schedule.num_ranks, label_of(forward, backward, transfer, queues))
+    timeline = Timeline(schedule.num_ranks, label_of(schedule, forward, backward, transfer, queues, recompute))
     for rank, row in enumerate(schedule.actions):
         for action in row:
             timeline.add(rank, action.kind, action.stage, action.micro_batch, begins[action], ends[action])
     return timeline
 
 
-def peak_stash(schedule: Schedule) -> list[int]:
-    """For each rank, how many pairs (stage, micro-batch) it keeps at most from their forward to their backward.
+class Kept(NamedTuple):
+    """How many pairs (stage, micro-batch) a rank keeps after an action.
 
-    This is what a schedule costs in memory: GPipe keeps M on every rank, 1F1B min(M, K - k) on rank k. Without
-    backwards nothing is kept.
+    graphs: with all that their backward needs. inputs: only with what the stage received.
+    """
+
+    graphs: int
+    inputs: int
+
+
+def kept(schedule: Schedule) -> list[list[Kept]]:
+    """What each rank keeps after each of its actions, from first to last.
+
+    A forward leaves its graph, until the backward. If it is recomputed it leaves only its inputs, and the graph is kept
+    from the recomputation to the backward (the inputs are then part of it). With g bytes for a graph and i bytes for
+    inputs a rank keeps at most max(g * graphs + i * inputs) over its actions. Without backwards nothing is kept.
 
     Raises:
         ScheduleError: the schedule cannot run.
     """
     check_runs(schedule)
     if without_backwards(schedule):
-        return [0] * schedule.num_ranks
-    peaks = []
+        return [[Kept(0, 0)] * len(row) for row in schedule.actions]
+    rows = []
     for row in schedule.actions:
-        kept = peak = 0
+        recomputed = {action[1:] for action in row if action.kind == "R"}
+        change = {("F", False): (1, 0), ("F", True): (0, 1), ("R", True): (1, -1), ("B", False): (-1, 0)}
+        now, after = Kept(0, 0), []
         for action in row:
-            kept += 1 if action.kind == "F" else -1
-            peak = max(peak, kept)
-        peaks.append(peak)
-    return peaks
+            graphs, inputs = change[action.kind, action.kind != "B" and action[1:] in recomputed]
+            now = Kept(now.graphs + graphs, now.inputs + inputs)
+            after.append(now)
+        rows.append(after)
+    return rows
 
 
-def staircase(schedule: Schedule, forward: int | Sequence[int] = 1, backward: int | Sequence[int] = 1) -> str:
+def peak_stash(schedule: Schedule) -> list[int]:
+    """For each rank, of how many pairs (stage, micro-batch) it keeps the graph at most; see `kept`.
+
+    This is what a schedule costs in memory: GPipe keeps M on every rank, 1F1B min(M, K - k) on rank k, and either of
+    them only 1 if every micro-batch is recomputed; then `peak_inputs` grows instead.
+
+    Raises:
+        ScheduleError: the schedule cannot run.
+    """
+    return [max((now.graphs for now in row), default=0) for row in kept(schedule)]
+
+
+def peak_inputs(schedule: Schedule) -> list[int]:
+    """For each rank, of how many pairs (stage, micro-batch) it keeps only the inputs at most; see `kept`.
+
+    0 without recomputation. The peaks of graphs and inputs need not fall on the same moment.
+
+    Raises:
+        ScheduleError: the schedule cannot run.
+    """
+    return [max((now.inputs for now in row), default=0) for row in kept(schedule)]
+
+
+def staircase(
+    schedule: Schedule,
+    forward: int | Sequence[int] = 1,
+    backward: int | Sequence[int] = 1,
+    recompute: int | Sequence[int] | None = None,
+) -> str:
     """The step as a picture of text: one line per rank, one column per slot of time.
 
     An action of several slots is drawn out with dashes, `B0---`. If a rank holds several stages, the stage comes first:
@@ -92,16 +140,17 @@ def staircase(schedule: Schedule, forward: int | Sequence[int] = 1, backward: in
 
     Args:
         forward, backward: how many slots one micro-batch takes in a stage: one whole number, or one per stage.
+        recompute: the slots of a forward that is computed once more; None: as many as `forward`.
 
     Raises:
         ScheduleError: the schedule cannot run.
         ValueError: a cost is no whole number of slots.
     """
-    for name, cost in (("forward", forward), ("backward", backward)):
+    for name, cost in (("forward", forward), ("backward", backward), ("recompute", recompute or 1)):
         for slots in costs_per_stage(name, cost, schedule.num_stages):
             if slots != int(slots):
                 raise ValueError(f"{name} is {slots:g}; a staircase has whole slots, draw a timeline instead")
-    timeline = simulate(schedule, forward, backward)
+    timeline = simulate(schedule, forward, backward, recompute=recompute)
     several = len(set(schedule.rank_of_stage)) < schedule.num_stages
     names = {
         action: str(action) if several else f"{action.kind}{action.micro_batch}" for action in all_actions(schedule)
@@ -119,6 +168,8 @@ def staircase(schedule: Schedule, forward: int | Sequence[int] = 1, backward: in
     margin = len(f"rank {schedule.num_ranks - 1}")
     lines = [f"{f'rank {rank}'.ljust(margin)}  {' '.join(row).rstrip()}" for rank, row in enumerate(boxes)]
     example = "2F0: forward of micro-batch 0 in stage 2" if several else "F0: forward of micro-batch 0"
+    if recomputes(schedule):
+        example += "; R: the same forward once more"
     return "\n".join([*lines, f"{timeline.label}, in slots. {example}; a dot: idle."])
 
 
@@ -129,6 +180,11 @@ def all_actions(schedule: Schedule) -> list[Action]:
 def without_backwards(schedule: Schedule) -> bool:
     """Whether this is a step of evaluation."""
     return all(action.kind == "F" for action in all_actions(schedule))
+
+
+def recomputes(schedule: Schedule) -> bool:
+    """Whether any forward is computed twice."""
+    return any(action.kind == "R" for action in all_actions(schedule))
 
 
 def check_runs(schedule: Schedule, queues: str = "buffered") -> None:
@@ -154,11 +210,14 @@ def check_cost(name: str, value: Any, may_be_zero: bool = False) -> None:
         raise ValueError(f"{name} is {value!r}; a cost is a number, finite and {sign}")
 
 
-def label_of(forward: Costs, backward: Costs, transfer: float, queues: str) -> str:
-    """`simulated: forward 1, backward 2, transfer 0`; the model of queues is named if there are queues."""
+def label_of(
+    schedule: Schedule, forward: Costs, backward: Costs, transfer: float, queues: str, recompute: Costs | None
+) -> str:
+    """`simulated: forward 1, backward 2, transfer 0`; recomputation and queues are named if there are any."""
 
     def text(cost: Costs) -> str:
         return "/".join(f"{value:g}" for value in cost) if isinstance(cost, Iterable) else f"{cost:g}"
 
+    again = f", recompute {text(forward if recompute is None else recompute)}" if recomputes(schedule) else ""
     queued = "" if queues == "buffered" else f", queues by {queues}"
-    return f"simulated: forward {text(forward)}, backward {text(backward)}, transfer {transfer:g}{queued}"
+    return f"simulated: forward {text(forward)}, backward {text(backward)}{again}, transfer {transfer:g}{queued}"

@@ -1,4 +1,4 @@
-"""When each rank computes what: a list of intervals, predicted by a simulation or recorded in a run.
+"""When each rank does what: a list of intervals, predicted by a simulation or recorded in a run.
 
 A timeline answers the two questions of a pipeline: how long does a step take, and which share of the ranks' time is
 lost while they wait? That lost share is called the *bubble*. The literature divides it by two different things, so here
@@ -7,15 +7,20 @@ it has two names; a figure without its convention says nothing.
 
 import math
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-KINDS = {"F": "forward", "B": "backward"}  # what a rank may compute, in the letters of `schedules.Action`
+import numpy as np
+
+# What a rank may do: compute, in the letters of `schedules.Action`, or, when a run was recorded, something else.
+COMPUTE = {"F": "forward", "B": "backward", "R": "recompute"}
+OTHER = {"w": "wait for data", "s": "send"}
+KINDS = COMPUTE | OTHER
 
 
 class Interval(NamedTuple):
-    """One rank computes one micro-batch of one stage, from start to end."""
+    """What one rank does for one micro-batch of one stage, from start to end."""
 
     rank: int
     kind: str
@@ -27,16 +32,17 @@ class Interval(NamedTuple):
 
 @dataclass
 class Timeline:
-    """Intervals in which ranks compute. It is iterated over as `Interval`s and kept in columns, 29 bytes per interval.
+    """What the ranks do in a step. It is iterated over as `Interval`s and kept in columns, 29 bytes per interval.
 
-    A rank does one thing at a time, so the intervals of a rank must not overlap.
+    A rank does one thing at a time, so the intervals of a rank must not overlap: `check` looks. Only F, B and R count
+    as computing; a rank that waits, sends, or does nothing that was recorded is idle.
 
     Attributes:
         num_ranks: K; a rank may stand idle all the time.
         label: where the times come from, for example "simulated"; every picture shows it.
         unit: what the times are measured in.
         rank, stage, micro_batch: columns of whole numbers.
-        kind: column of the character codes of "F" and "B".
+        kind: column of the character codes of the letters in KINDS.
         start, end: columns of times; only differences matter, the clock may start anywhere.
     """
 
@@ -57,7 +63,13 @@ class Timeline:
             raise ValueError("the label is empty; say where the times come from, for example 'simulated'")
 
     def add(self, rank: int, kind: str, stage: int, micro_batch: int, start: float, end: float) -> None:
-        """Append one interval. ValueError for a rank or kind that does not exist and for times that run backwards."""
+        """Append one interval: about half a microsecond, so that a run can be recorded without slowing it down.
+
+        Not for several threads at once: each records a timeline of its own, and `merge` puts them together.
+
+        Raises:
+            ValueError: a rank or kind that does not exist, or times that run backwards.
+        """
         if not 0 <= rank < self.num_ranks:
             raise ValueError(f"rank is {rank}; the timeline has the ranks 0 to {self.num_ranks - 1}")
         if kind not in KINDS:
@@ -81,19 +93,39 @@ class Timeline:
         for rank, kind, stage, micro_batch, start, end in columns:
             yield Interval(rank, chr(kind), stage, micro_batch, start, end)
 
+    def time_in(self, kinds: str, rank: int | None = None) -> float:
+        """The time in which a rank, or with None all ranks together, does one of these kinds, for example "FB"."""
+        chosen = np.isin(self.kind, [ord(kind) for kind in kinds])
+        if rank is not None:
+            if not 0 <= rank < self.num_ranks:
+                raise ValueError(f"rank is {rank}; the timeline has the ranks 0 to {self.num_ranks - 1}")
+            chosen &= np.array(self.rank) == rank
+        durations = np.array(self.end) - np.array(self.start)
+        return math.fsum(durations[chosen].tolist())  # exact: the order of recording does not matter
+
     @property
     def makespan(self) -> float:
-        """From the first start to the last end on any rank; 0 for a timeline without intervals."""
-        return max(self.end) - min(self.start) if len(self) else 0.0
+        """From the first start to the last end of anything on any rank; 0 for a timeline without intervals.
+
+        Waits and sends count as well: a rank that is ready and waits for another already spends its time.
+        """
+        return float(np.max(self.end) - np.min(self.start)) if len(self) else 0.0
 
     def busy(self, rank: int) -> float:
-        """The time in which a rank computes."""
-        times = zip(self.rank, self.start, self.end, strict=True)
-        return math.fsum(end - start for owner, start, end in times if owner == rank)
+        """The time in which a rank computes: forward, backward, and forward once more."""
+        return self.time_in("".join(COMPUTE), rank)
 
     def utilisation(self, rank: int) -> float:
         """The share of the makespan in which a rank computes, from 0 to 1."""
         return self.busy(rank) / self.length_of_a_step()
+
+    @property
+    def efficiency(self) -> float:
+        """Time inside F and B, divided by the time of all ranks, K * makespan: the share that does useful work.
+
+        To recompute (R) keeps a rank busy, but it repeats work: it lowers the efficiency and not the utilisation.
+        """
+        return self.time_in("FB") / (self.num_ranks * self.length_of_a_step())
 
     @property
     def bubble_of_total(self) -> float:
@@ -115,15 +147,63 @@ class Timeline:
         K = 4, M = 16: 3/16 = 18.75 %, the same bubble that is 15.8 % of the total time.
         """
         step = self.length_of_a_step()
-        return self.idle() / (self.num_ranks * step - self.idle())
+        computing = self.num_ranks * step - self.idle()
+        if computing <= 0.0:
+            raise ValueError("no rank computes anything, so there is no ideal time to divide by")
+        return self.idle() / computing
 
     def idle(self) -> float:
-        """The time in which ranks wait, added over all ranks."""
-        busy = math.fsum(end - start for start, end in zip(self.start, self.end, strict=True))
-        return self.num_ranks * self.makespan - busy
+        """The time in which ranks do not compute, added over all ranks."""
+        return self.num_ranks * self.makespan - self.time_in("".join(COMPUTE))
 
     def length_of_a_step(self) -> float:
         """The makespan, if there is something to divide by it. Raises a ValueError for a timeline without length."""
         if self.makespan == 0.0:
             raise ValueError("the timeline has no length, so no share of it can be computed; add intervals first")
         return self.makespan
+
+    def check(self) -> "Timeline":
+        """Return the timeline if no rank does two things at once. Raises a ValueError that names two that overlap."""
+        rank, start, end = np.array(self.rank), np.array(self.start), np.array(self.end)
+        order = np.lexsort((end, start, rank))
+        one, next_one = order[:-1], order[1:]
+        overlap = np.flatnonzero((rank[one] == rank[next_one]) & (start[next_one] < end[one]))
+        if len(overlap):
+            i = overlap[0]
+            raise ValueError(
+                f"rank {rank[one[i]]} does two things at once: {self.describe_interval(one[i])} and "
+                f"{self.describe_interval(next_one[i])}; record each step on its own, and each rank once"
+            )
+        return self
+
+    def describe_interval(self, i: int) -> str:
+        """`2F3 from 0.5 to 0.75`"""
+        return f"{self.stage[i]}{chr(self.kind[i])}{self.micro_batch[i]} from {self.start[i]} to {self.end[i]}"
+
+
+def merge(timelines: Sequence[Timeline], offsets: Sequence[float] | None = None) -> Timeline:
+    """The recordings of all ranks as one timeline that starts at 0, in the order in which they are given.
+
+    Args:
+        timelines: of one step, alike in num_ranks, unit and label; usually one per rank, which holds that rank alone.
+        offsets: for each rank how far its clock is ahead, in the unit of the timelines (`clocks.Offsets.ahead`); it is
+            subtracted. None: the ranks read one clock, as all processes of a machine do with `time.perf_counter`.
+
+    Raises:
+        ValueError: the timelines are not alike, or a rank does two things at once.
+    """
+    alike = {(timeline.num_ranks, timeline.unit, timeline.label) for timeline in timelines}
+    if len(alike) != 1:
+        raise ValueError(f"timelines are merged if they have one (num_ranks, unit, label); these have {sorted(alike)}")
+    (num_ranks, unit, label) = alike.pop()
+    ahead = np.zeros(num_ranks) if offsets is None else np.array(offsets, dtype=float)
+    if ahead.shape != (num_ranks,) or not np.isfinite(ahead).all():
+        raise ValueError(f"the offsets are {offsets}; there must be a finite one for each of the {num_ranks} ranks")
+    merged = Timeline(num_ranks, label, unit)
+    for timeline in timelines:
+        for name in ("rank", "kind", "stage", "micro_batch", "start", "end"):
+            getattr(merged, name).extend(getattr(timeline, name))
+    start, end = (np.array(column) - ahead[np.array(merged.rank)] for column in (merged.start, merged.end))
+    first = start.min(initial=math.inf)
+    merged.start, merged.end = array("d", (start - first).tobytes()), array("d", (end - first).tobytes())
+    return merged.check()

@@ -63,7 +63,10 @@ class TorchPipeline(Pipeline):
         plan: StepPlan,
         num_tokens: int,
         dropout_key: tuple[int, int] | None = None,
+        loss_scale: float = 1.0,
     ) -> dict[int, Tensor]:
+        if loss_scale != 1.0 or self.low_precision or self.wire_dtype or self.recomputed or self.timeline is not None:
+            raise ValueError("torch's engine is compared in fp32 without options: use the course's engine for those")
         if len(set(plan.geometries)) > 1:
             raise ValueError(f"torch's engine needs micro-batches of one shape, these have {set(plan.geometries)}")
         if not hasattr(self, "engine"):

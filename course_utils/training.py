@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,71 +12,18 @@ from torch import Tensor
 from course_utils.decoding import as_words, greedy_decode
 from course_utils.fingerprints import StageRecord, fingerprint
 from course_utils.number_words import Batch, batch, collate, split_numbers, to_words
-from course_utils.optimization import Noam, clip_by_global_norm, gradient_norms
+from course_utils.optimization import LossScaler, Noam, clip_by_global_norm, gradient_norms
 from course_utils.pipeline import Pipeline, sum_over_tokens
+from course_utils.precision import LOW_PRECISION, autocast, resolve
 from course_utils.processes import launch
-from course_utils.schedules import SCHEDULES, Schedule, forward_only, gpipe
-from course_utils.stages import CutModel, by_count, one_thread
+from course_utils.recipes import TrainingConfig
+from course_utils.schedules import SCHEDULES, Schedule, forward_only, gpipe, rematerialise
+from course_utils.stages import CutModel, Stage, one_thread
 from course_utils.threads import run_in_threads
+from course_utils.timeline import Timeline, merge
 from course_utils.transfer import StepAgreement, agree
-from course_utils.transformer import TransformerConfig, block_builders
 from course_utils.transports import Worker
 from course_utils.validity import validate
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """Everything that decides the outcome of a run. Raises ValueError, naming the value, for what cannot be run."""
-
-    stages: int = 2
-    micro_batches: int = 8
-    schedule: str = "gpipe"
-    steps: int = 1200
-    batch_size: int = 64
-    warm_up: int = 400
-    learning_rate_factor: float = 0.35  # at 1.0 the exact match swings by several per cent from step to step
-    max_norm: float = 1.0
-    seed: int = 0
-    model: TransformerConfig = field(default_factory=lambda: TransformerConfig(dropout=0.1))
-    lowest: int = 0
-    highest: int = 999_999
-    training_numbers: int | None = 20_000
-    held_out: int = 500
-    trim_padding: bool = True
-    recorded_steps: int = 20  # the gradients of so many first steps enter the fingerprint
-
-    def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"unknown schedule {self.schedule!r}; there are {', '.join(SCHEDULES)}")
-        if self.steps < 0:
-            raise ValueError(f"the number of steps is {self.steps}; it must be at least 0")
-        if not self.max_norm > 0:
-            raise ValueError(f"max_norm is {self.max_norm}; it must be above 0 (infinity clips nothing)")
-        if self.batch_size < 1:
-            raise ValueError(f"the batch size is {self.batch_size}; it must be at least 1")
-        if not 1 <= self.micro_batches <= self.batch_size:
-            raise ValueError(
-                f"the number of micro-batches is {self.micro_batches}; a batch of {self.batch_size} rows gives 1 to "
-                f"{self.batch_size} (no micro-batch may be empty)"
-            )
-        by_count(len(block_builders(self.model)), self.stages)
-        numbers = split_numbers(self.lowest, self.highest, self.training_numbers, self.held_out, self.seed)
-        if self.batch_size > len(numbers.training):
-            raise ValueError(
-                f"batch_size is {self.batch_size}, more than the {len(numbers.training)} numbers to train on: "
-                "use a smaller batch"
-            )
-        make_optimizer(self, [])  # refuses what makes no learning rate
-
-    @property
-    def cut(self) -> CutModel:
-        """The model, cut into stages of equal numbers of blocks."""
-        return CutModel(self.model, by_count(len(block_builders(self.model)), self.stages))
-
-    @property
-    def max_tokens(self) -> int:
-        """The longest answer: a word per digit, and the end token."""
-        return len(str(self.highest)) + 1
 
 
 @dataclass
@@ -89,6 +36,7 @@ class Step:
     learning_rate: float
     tokens: int
     skipped: bool
+    loss_scale: float
 
 
 @dataclass
@@ -101,6 +49,7 @@ class TrainingResult:
         seconds: time of the training loop, without start-up and evaluation.
         answers: for each held-out number the words that the model gave.
         weights: {name: tensor} of the whole model.
+        timelines: {step: what the ranks did in it}, of the steps that were to be recorded.
     """
 
     config: TrainingConfig
@@ -110,6 +59,7 @@ class TrainingResult:
     answers: dict[int, str]
     fingerprint: str
     weights: dict[str, Tensor]
+    timelines: dict[int, Timeline]
 
     @property
     def exact_match(self) -> float:
@@ -124,56 +74,98 @@ def micro_batches_of(config: TrainingConfig, numbers: tuple[int, ...], step: int
     return whole.split(config.micro_batches, trim=config.trim_padding)
 
 
-def make_optimizer(config: TrainingConfig, parameters: list[Tensor]) -> tuple[torch.optim.Adam, Noam]:
-    """Adam with the settings of Vaswani et al. (2017), section 5.3, and its learning rate."""
-    optimizer = torch.optim.Adam([{"params": parameters}], lr=1.0, betas=(0.9, 0.98), eps=1e-9)
-    return optimizer, Noam(optimizer, config.model.d_model, config.warm_up, config.learning_rate_factor)
+class TrainingState:
+    """What changes from step to step on one rank: its weights, and all that decides how they change next.
+
+    Args:
+        stages: those of this rank; there may be none.
+        names: of all parameters of the model, in model order.
+    """
+
+    def __init__(self, config: TrainingConfig, stages: Iterable[Stage], names: list[str]):
+        self.config, self.steps_done = config, 0
+        self.named = [pair for stage in stages for pair in stage.named_parameters_globally()]
+        self.parameters: list[Tensor] = [parameter for _, parameter in self.named]
+        self.place = {name: i for i, name in enumerate(names)}
+        # Adam with the settings of Vaswani et al. (2017), section 5.3
+        self.optimizer = torch.optim.Adam([{"params": self.parameters}], lr=1.0, betas=(0.9, 0.98), eps=1e-9)
+        self.noam = Noam(self.optimizer, config.model.d_model, config.warm_up, config.learning_rate_factor)
+        is_scaled = config.precision == "fp16" or config.loss_scale is not None
+        self.scaler = LossScaler(config.loss_scale or DEFAULT_LOSS_SCALE, enabled=is_scaled)
+        self.record = StageRecord()
+
+    def take_in(self, losses: dict[int, Tensor]) -> Tensor:
+        """After the backwards: the norms of this rank's gradients, (number of parameters of the model,) float32."""
+        self.scaler.unscale(self.parameters)
+        self.record.add_losses(losses)
+        if self.steps_done < self.config.recorded_steps:
+            self.record.add_gradients(self.named)
+        own = ((self.place[name], parameter) for name, parameter in self.named)
+        return gradient_norms(own, len(self.place))
+
+    def update(self, norms: Tensor, losses: dict[int, Tensor], num_tokens: int) -> Step:
+        """Change the weights, or skip the step: all ranks decide alike, because they see the norms of all."""
+        learning_rate, loss_scale = float(self.noam.get_last_lr()[0]), self.scaler.scale
+        norm = clip_by_global_norm(self.parameters, norms, self.config.max_norm)
+        skipped = not math.isfinite(norm)
+        if not skipped:
+            self.optimizer.step()
+            self.noam.step()
+        self.scaler.update(skipped)
+        self.steps_done += 1
+        loss = sum(loss.item() for loss in losses.values())
+        return Step(self.steps_done - 1, loss, norm, learning_rate, num_tokens, skipped, loss_scale)
+
+    def dropout_key(self) -> tuple[int, int] | None:
+        return (self.config.seed, self.steps_done) if self.config.model.dropout > 0 else None
+
+
+DEFAULT_LOSS_SCALE = 65536.0  # as torch.amp.GradScaler
 
 
 def train_rank(
-    worker: Worker, config: TrainingConfig, cut: CutModel, schedule: Schedule, engine: type[Pipeline] = Pipeline
+    worker: Worker,
+    config: TrainingConfig,
+    cut: CutModel,
+    schedule: Schedule,
+    engine: type[Pipeline] = Pipeline,
+    recorded: Container[int] = (),
 ) -> dict[str, Any]:
     """The training loop of one rank: what `train` runs in every process."""
     stages = {s: cut.build(s, config.seed) for s in schedule.stages_of(worker.rank)}
-    named = [pair for stage in stages.values() for pair in stage.named_parameters_globally()]
-    parameters: list[Tensor] = [parameter for _, parameter in named]
-    place = {name: i for i, name in enumerate(cut.parameter_names)}
-    optimizer, noam = make_optimizer(config, parameters)
-    pipeline = engine(stages, schedule, worker.transport, cut.carry_after)
-    agreement = StepAgreement(worker.transport, len(place))
+    state = TrainingState(config, stages.values(), cut.parameter_names)
+    low_precision, wire_dtype = (LOW_PRECISION.get(name or "") for name in (config.precision, config.wire_dtype))
+    pipeline = engine(
+        stages, schedule, worker.transport, cut.carry_after, low_precision=low_precision, wire_dtype=wire_dtype
+    )
+    agreement = StepAgreement(worker.transport, len(state.place))
     numbers = split_numbers(config.lowest, config.highest, config.training_numbers, config.held_out, config.seed)
-    record = StageRecord()
-    dropout_key = (lambda step: (config.seed, step)) if config.model.dropout > 0 else (lambda step: None)
+    timelines: dict[int, Timeline] = {}
 
-    micro_batches = micro_batches_of(config, numbers.training, 0)
+    micro_batches = micro_batches_of(config, numbers.training, state.steps_done)
     plan = pipeline.plan(micro_batches)
     agree(worker.transport, plan)
     started = time.perf_counter()
-    for step in range(config.steps):
+    while state.steps_done < config.steps:
         agreement.open()
-        optimizer.zero_grad()
+        state.optimizer.zero_grad()
+        if state.steps_done in recorded:
+            timelines[state.steps_done] = Timeline(worker.world_size, "measured", "seconds")
+        pipeline.timeline = timelines.get(state.steps_done)
         num_tokens = sum(m.num_tokens for m in micro_batches)
-        losses = pipeline.step(micro_batches, plan, num_tokens, dropout_key(step))
-        record.add_losses(losses)
-        if step < config.recorded_steps:
-            record.add_gradients(named)
+        losses = pipeline.step(micro_batches, plan, num_tokens, state.dropout_key(), state.scaler.scale)
 
-        own_norms = gradient_norms(((place[name], parameter) for name, parameter in named), len(place))
-        micro_batches = micro_batches_of(config, numbers.training, step + 1)
+        own_norms = state.take_in(losses)
+        micro_batches = micro_batches_of(config, numbers.training, state.steps_done + 1)
         plan = pipeline.plan(micro_batches)
-        if step + 1 < config.steps:
+        if state.steps_done + 1 < config.steps:
             pipeline.expect(plan)
         norms = agreement.share(own_norms, plan)
-        learning_rate = float(noam.get_last_lr()[0])
-        norm = clip_by_global_norm(parameters, norms, config.max_norm)
-        if math.isfinite(norm):
-            optimizer.step()
-            noam.step()
+        step = state.update(norms, losses, num_tokens)
         if losses:
-            loss = sum(loss.item() for loss in losses.values())
-            worker.emit(Step(step, loss, norm, learning_rate, num_tokens, not math.isfinite(norm)))
+            worker.emit(step)
     seconds = time.perf_counter() - started
-    record.add_weights(named)
+    state.record.add_weights(state.named)
 
     answers: list[str] = []
     if numbers.held_out:
@@ -182,8 +174,9 @@ def train_rank(
     return {
         "seconds": seconds,
         "answers": dict(zip(numbers.held_out, answers, strict=True)),
-        "record": record.summary(),
-        "weights": {name: parameter.detach() for name, parameter in named},
+        "record": state.record.summary(),
+        "weights": {name: parameter.detach() for name, parameter in state.named},
+        "timelines": timelines,
     }
 
 
@@ -193,6 +186,7 @@ def train(
     run: Callable[..., list] = launch,
     on_step: Callable[[Step], None] | None = None,
     engine: type[Pipeline] = Pipeline,
+    record: Container[int] = (),
 ) -> TrainingResult:
     """Train over several ranks.
 
@@ -201,6 +195,7 @@ def train(
         run: `processes.launch`, or `threads.run_in_threads` for threads of this process.
         on_step: called with every step as soon as it is done.
         engine: what runs the schedule; `torch_engine.TorchPipeline` for comparison.
+        record: steps whose timelines are to be measured.
 
     Raises:
         ScheduleError, ValueError: before anything starts.
@@ -208,7 +203,13 @@ def train(
     """
     if schedule is None:
         schedule = SCHEDULES[config.schedule](config.stages, config.micro_batches)
-    config = replace(config, stages=schedule.num_stages, micro_batches=schedule.num_micro_batches)
+        schedule = rematerialise(schedule, config.rematerialisation)
+    config = replace(
+        config,
+        stages=schedule.num_stages,
+        micro_batches=schedule.num_micro_batches,
+        precision=resolve(config.precision),
+    )
     validate(schedule)
     steps: list[Step] = []
 
@@ -217,7 +218,7 @@ def train(
         if on_step is not None:
             on_step(step)
 
-    ranks = run(train_rank, schedule.num_ranks, config, config.cut, schedule, engine, on_event=on_event)
+    ranks = run(train_rank, schedule.num_ranks, config, config.cut, schedule, engine, record, on_event=on_event)
     weights = {name: tensor for rank in ranks for name, tensor in rank["weights"].items()}
     return TrainingResult(
         config=config,
@@ -227,6 +228,7 @@ def train(
         answers=ranks[0]["answers"],
         fingerprint=fingerprint([rank["record"] for rank in ranks]),
         weights={name: weights[name] for name in config.cut.parameter_names},
+        timelines={step: merge([rank["timelines"][step] for rank in ranks]) for step in ranks[0]["timelines"]},
     )
 
 
@@ -241,39 +243,32 @@ def train_on_one_device(config: TrainingConfig) -> TrainingResult:
 
 def plain_loop(config: TrainingConfig) -> TrainingResult:
     """`train_on_one_device` on as many threads as torch is set to."""
+    config = replace(config, precision=resolve(config.precision))
+    low_precision = LOW_PRECISION.get(config.precision)
     model = config.cut.build(0, config.seed)
-    named = list(model.named_parameters_globally())
-    parameters: list[Tensor] = [parameter for _, parameter in named]
-    optimizer, noam = make_optimizer(config, parameters)
+    state = TrainingState(config, [model], config.cut.parameter_names)
     numbers = split_numbers(config.lowest, config.highest, config.training_numbers, config.held_out, config.seed)
-    record, steps = StageRecord(), []
+    steps = []
     started = time.perf_counter()
-    for step in range(config.steps):
-        micro_batches = micro_batches_of(config, numbers.training, step)
+    while state.steps_done < config.steps:
+        micro_batches = micro_batches_of(config, numbers.training, state.steps_done)
         num_tokens = sum(m.num_tokens for m in micro_batches)
-        optimizer.zero_grad()
-        losses = {}
-        for m, micro_batch in enumerate(micro_batches):
-            dropout_key = (config.seed, step, m) if config.model.dropout > 0 else None
-            logits, _ = model((None, None), micro_batch, dropout_key)
-            loss = sum_over_tokens(logits, micro_batch, num_tokens)
-            loss.backward()
-            losses[m] = loss.detach()
-        record.add_losses(losses)
-        if step < config.recorded_steps:
-            record.add_gradients(named)
-        learning_rate = float(noam.get_last_lr()[0])
-        norm = clip_by_global_norm(parameters, gradient_norms(enumerate(parameters), len(parameters)), config.max_norm)
-        if math.isfinite(norm):
-            optimizer.step()
-            noam.step()
-        loss_sum = sum(loss.item() for loss in losses.values())
-        steps.append(Step(step, loss_sum, norm, learning_rate, num_tokens, not math.isfinite(norm)))
+        state.optimizer.zero_grad()
+        losses, key = {}, state.dropout_key()
+        with autocast(low_precision):
+            for m, micro_batch in enumerate(micro_batches):
+                logits, _ = model((None, None), micro_batch, None if key is None else (*key, m))
+                loss = sum_over_tokens(logits, micro_batch, num_tokens)
+                with autocast(low_precision, enabled=False):
+                    loss.backward(torch.full_like(loss, state.scaler.scale))
+                losses[m] = loss.detach()
+        norms = state.take_in(losses)
+        steps.append(state.update(norms, losses, num_tokens))
     seconds = time.perf_counter() - started
-    record.add_weights(named)
-    weights = {name: parameter.detach() for name, parameter in named}
+    state.record.add_weights(state.named)
+    weights = {name: parameter.detach() for name, parameter in state.named}
     answers = dict(zip(numbers.held_out, answer(config, weights, numbers.held_out), strict=True))
-    return TrainingResult(config, None, steps, seconds, answers, fingerprint([record.summary()]), weights)
+    return TrainingResult(config, None, steps, seconds, answers, fingerprint([state.record.summary()]), weights, {})
 
 
 def answer(config: TrainingConfig, weights: dict[str, Tensor], numbers: tuple[int, ...] | list[int]) -> list[str]:

@@ -32,6 +32,8 @@ class StepPlan:
         geometries: for each micro-batch (rows, source length, target length).
         carry_after: gives for (stage, geometry) what the stage hands on to the next one.
         num_stages: K.
+        wire_dtype: what tensors are sent as, for example torch.bfloat16: half the bytes, and rounded at every border.
+            None: as they are, which changes nothing.
         also: whatever else must be the same on all ranks, in words; a schedule's text, for example.
     """
 
@@ -41,25 +43,31 @@ class StepPlan:
         carry_after: Callable[[int, Geometry], Specs],
         num_stages: int,
         also: str = "",
+        wire_dtype: torch.dtype | None = None,
     ):
-        self.geometries, self.also = tuple(geometries), also
+        self.geometries, self.also, self.wire_dtype = tuple(geometries), also, wire_dtype
         self.carries = [[carry_after(stage, g) for g in self.geometries] for stage in range(num_stages - 1)]
 
     def specs(self, message: Message) -> Specs:
-        """What a message consists of; gradients flow only for tensors that require one."""
+        """What a stage hands on in a message; gradients flow only for tensors that require one."""
         if message.kind == "activations":
             return self.carries[message.source][message.micro_batch]
         carry = self.carries[message.destination][message.micro_batch]
         return tuple(spec if spec is not None and spec.requires_grad else None for spec in carry)
 
+    def sent_as(self, spec: CarrySpec) -> torch.dtype:
+        """The format in which a tensor crosses a border."""
+        return self.wire_dtype or spec.dtype
+
     def num_bytes(self, message: Message) -> int:
         """The size of a message."""
-        return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in self.specs(message) if spec is not None)
+        specs = [spec for spec in self.specs(message) if spec is not None]
+        return sum(math.prod(spec.shape) * self.sent_as(spec).itemsize for spec in specs)
 
     @cached_property
     def digest(self) -> bytes:
         """32 bytes that differ as soon as any message, or anything else that must be the same, differs."""
-        return hashlib.sha256(repr((self.geometries, self.carries, self.also)).encode()).digest()
+        return hashlib.sha256(repr((self.geometries, self.carries, self.wire_dtype, self.also)).encode()).digest()
 
     def __str__(self) -> str:
         pieces = [f"{rows} rows, {source} -> {target} tokens" for rows, source, target in self.geometries]
@@ -67,8 +75,11 @@ class StepPlan:
             f"stage {stage} hands on " + " and ".join(map(describe, carries[0]))
             for stage, carries in enumerate(self.carries)
         ]
+        wire = [f"sent as {str(self.wire_dtype).removeprefix('torch.')}"] if self.wire_dtype else []
         also = [self.also.replace("\n", " | ")] if self.also else []
-        return f"{len(pieces)} micro-batches over {len(borders) + 1} stages: " + "; ".join(pieces + borders + also)
+        return f"{len(pieces)} micro-batches over {len(borders) + 1} stages: " + "; ".join(
+            pieces + borders + wire + also
+        )
 
 
 class Exchange:
@@ -97,7 +108,7 @@ class Exchange:
         expected = self.to_post[source, self.transport.rank].pop()
         assert message == expected, f"{message} would be posted before {expected}, which is sent first"
         buffers = [
-            None if spec is None else torch.empty(spec.shape, dtype=spec.dtype, device=self.device)
+            None if spec is None else torch.empty(spec.shape, dtype=self.plan.sent_as(spec), device=self.device)
             for spec in self.plan.specs(message)
         ]
         operations = [self.transport.irecv(buffer, source, message) for buffer in buffers if buffer is not None]
@@ -115,7 +126,8 @@ class Exchange:
             self.transport.wait(operation)
         for sent in self.posting.acknowledged_by.get(message, ()):
             self.close(sent)
-        return buffers
+        specs = self.plan.specs(message)
+        return [None if spec is None else b.to(spec.dtype) for b, spec in zip(buffers, specs, strict=True)]
 
     def send(self, message: Message, tensors: Sequence[torch.Tensor | None]) -> None:
         """Send what the plan says; what it does not name stays here. Raises PlanMismatch."""
@@ -127,7 +139,8 @@ class Exchange:
         for tensor, spec in zip(tensors, specs, strict=True):
             if spec is not None:
                 checked = check_tensor(f"{message} (stage {message.source} to {message.destination})", tensor, spec)
-                operations.append(self.transport.isend(checked.contiguous(), destination, message))
+                outgoing = checked.to(self.plan.sent_as(spec)).contiguous()
+                operations.append(self.transport.isend(outgoing, destination, message))
 
     def close(self, sent: Message) -> None:
         """Let go of a send that the peer has used: its wait returns at once."""

@@ -35,7 +35,7 @@ class WrongRank(ScheduleError):
 
 
 class BackwardBeforeForward(ScheduleError):
-    """A stage runs the backward of a micro-batch before its forward."""
+    """A stage runs the backward of a micro-batch before its forward, or recomputes it at another time than between."""
 
 
 class NotAscending(ScheduleError):
@@ -66,7 +66,7 @@ def validate(schedule: Schedule, queues: str = "buffered", forward_only: bool = 
             NotAscending, Cycle.
     """
     check_model(queues)
-    check_actions(schedule, "F" if forward_only else "FB")
+    check_actions(schedule, *("F", "") if forward_only else ("FB", "R"))
     check_order(schedule)
     needs = dependencies(schedule, queues)
     if cycle := find_cycle(needs):
@@ -80,8 +80,8 @@ def check_model(queues: str) -> None:
         raise ValueError(f"unknown model of queues {queues!r}; there are {', '.join(QUEUES)}")
 
 
-def check_actions(schedule: Schedule, kinds: str) -> None:
-    """Each action of the step once, and on the rank that holds its stage."""
+def check_actions(schedule: Schedule, kinds: str, optional: str) -> None:
+    """Each action of the step once, those of optional kinds at most once, all on the rank that holds their stage."""
     places: dict[Action, list[int]] = {}
     for rank, row in enumerate(schedule.actions):
         for action in row:
@@ -89,11 +89,11 @@ def check_actions(schedule: Schedule, kinds: str) -> None:
     step = [
         Action(kind, stage, m)
         for stage in range(schedule.num_stages)
-        for kind in kinds
+        for kind in kinds + optional
         for m in range(schedule.num_micro_batches)
     ]
     for action in step:
-        if action not in places:
+        if action not in places and action.kind in kinds:
             raise MissingAction(f"{action} is missing; it belongs on rank {schedule.rank_of_stage[action.stage]}")
     for action, ranks in places.items():
         if len(ranks) > 1:
@@ -101,24 +101,25 @@ def check_actions(schedule: Schedule, kinds: str) -> None:
     for action in sorted(set(places) - set(step)):
         raise WrongRank(
             f"{action} is on rank {places[action][0]}, but the step has {schedule.num_stages} stages, "
-            f"{schedule.num_micro_batches} micro-batches and the kinds {', '.join(kinds)}"
+            f"{schedule.num_micro_batches} micro-batches and the kinds {', '.join(kinds + optional)}"
         )
-    for action in step:
+    for action in (action for action in step if action in places):
         rank, owner = places[action][0], schedule.rank_of_stage[action.stage]
         if rank != owner:
             raise WrongRank(f"{action} is on rank {rank}, but rank {owner} holds stage {action.stage}")
 
 
 def check_order(schedule: Schedule) -> None:
-    """Within a stage F before B, and the micro-batches of each kind ascending."""
+    """Within a stage F before R before B, and the micro-batches of each kind ascending."""
     position = {action: i for row in schedule.actions for i, action in enumerate(row)}
     for action in sorted(position):
-        forward = Action("F", action.stage, action.micro_batch)
-        if action.kind == "B" and position[forward] > position[action]:
-            raise BackwardBeforeForward(f"{action} comes before {forward}")
+        for kind in {"F": "", "R": "F", "B": "FR"}[action.kind]:
+            earlier = Action(kind, action.stage, action.micro_batch)
+            if position.get(earlier, -1) > position[action]:
+                raise BackwardBeforeForward(f"{action} comes before {earlier}")
     for action in sorted(position):
         before = Action(action.kind, action.stage, action.micro_batch - 1)
-        if action.micro_batch > 0 and position[before] > position[action]:
+        if position.get(before, -1) > position[action]:
             raise NotAscending(
                 f"{action} comes before {before}; micro-batches are taken in ascending order, so that gradients are "
                 "added in the same order everywhere"

@@ -81,7 +81,7 @@ def test_not_in_the_middle_of_a_step():
     def wrong(worker: Worker) -> None:
         cut = replace(TINY_RUN, stages=1).cut
         pipeline = Pipeline({0: cut.build(0, 0)}, gpipe(1, 1), worker.transport, cut.carry_after)
-        pipeline.stash[0, 0] = ((None, None), (None, None))
+        pipeline.stash[0, 0] = (None, None)
         greedy_decode(pipeline, cut, collate(NUMBERS).source, max_length=6)
 
     with pytest.raises(RuntimeError, match="1 micro-batches wait for their backward"):

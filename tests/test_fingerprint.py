@@ -7,7 +7,7 @@ import torch
 
 from course_utils import training
 from course_utils.fingerprints import StageRecord, fingerprint
-from course_utils.reference import EVEN, RAGGED, column
+from course_utils.reference import COLUMNS, EVEN, column
 from course_utils.schedules import Action, Schedule, gpipe
 from course_utils.threads import run_in_threads
 from course_utils.training import train, train_on_one_device
@@ -16,11 +16,11 @@ from tests.models import TINY_RUN
 
 @pytest.mark.slow
 @pytest.mark.processes
-@pytest.mark.parametrize("name", [*RAGGED, *EVEN])
+@pytest.mark.parametrize("name", COLUMNS)
 def test_every_way_of_running_gives_one_fingerprint(name):
     found = column(name)
     assert len(set(found.values())) == 1, found
-    assert len(found) >= 18
+    assert len(found) >= 20
     if name in EVEN:
         assert sum(row.startswith("torch's engine") for row in found) >= 2
 

@@ -7,94 +7,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from schedule_strategies import any_valid_schedule, random_schedule
 
-from course_utils.schedules import Action, Schedule, forward_only, gpipe, looped, naive, one_f_one_b, parse
-from course_utils.simulation import peak_stash, simulate, staircase
+from course_utils.schedules import (
+    POLICIES,
+    Action,
+    Schedule,
+    forward_only,
+    gpipe,
+    looped,
+    naive,
+    one_f_one_b,
+    parse,
+    rematerialise,
+)
+from course_utils.simulation import Kept, kept, peak_inputs, peak_stash, simulate, staircase
 from course_utils.timeline import Interval, Timeline
 from course_utils.validity import QUEUES, Cycle, MissingAction, NotAscending, validate
 
 
+def with_recomputation() -> st.SearchStrategy[Schedule]:
+    """Schedules that run, with none, all or nearly all of their forwards recomputed."""
+    return st.builds(rematerialise, any_valid_schedule(), st.sampled_from(POLICIES))
+
+
 def starts(timeline: Timeline) -> dict[Action, float]:
     return {Action(i.kind, i.stage, i.micro_batch): i.start for i in timeline}
-
-
-# --- Timeline ---------------------------------------------------------------------------------------------------
-
-
-def recorded() -> Timeline:
-    """Two ranks on a clock that does not start at zero."""
-    timeline = Timeline(2, "made by hand", unit="s")
-    timeline.add(0, "F", 0, 0, 100.0, 101.0)
-    timeline.add(1, "F", 1, 0, 101.0, 102.0)
-    timeline.add(1, "B", 1, 0, 102.0, 104.0)
-    timeline.add(0, "B", 0, 0, 106.0, 108.0)
-    return timeline
-
-
-def test_what_a_timeline_tells() -> None:
-    timeline = recorded()
-    assert len(timeline) == 4
-    assert list(timeline)[2] == Interval(1, "B", 1, 0, 102.0, 104.0)
-    assert timeline.makespan == 8
-    assert [timeline.busy(rank) for rank in (0, 1)] == [3, 3]
-    assert [timeline.utilisation(rank) for rank in (0, 1)] == [3 / 8, 3 / 8]
-    assert timeline.bubble_of_total == 10 / 16
-    assert timeline.bubble_of_ideal == 10 / 6
-
-
-def test_the_two_conventions_for_the_bubble() -> None:
-    timeline = simulate(gpipe(4, 16))
-    assert (timeline.bubble_of_total, timeline.bubble_of_ideal) == (3 / 19, 3 / 16)
-
-
-def test_a_rank_that_is_idle_counts() -> None:
-    timeline = Timeline(2, "made by hand")
-    timeline.add(0, "F", 0, 0, 0.0, 1.0)
-    assert timeline.utilisation(1) == 0 and timeline.bubble_of_total == 1 / 2 and timeline.bubble_of_ideal == 1
-
-
-def test_a_timeline_is_kept_in_columns() -> None:
-    timeline = recorded()
-    assert list(timeline.rank) == [0, 1, 1, 0] and list(timeline.end) == [101, 102, 104, 108]
-    assert bytes(timeline.kind) == b"FFBB"
-    columns = (timeline.rank, timeline.kind, timeline.stage, timeline.micro_batch, timeline.start, timeline.end)
-    assert sum(column.itemsize for column in columns) <= 32  # bytes: a million intervals take 32 MB at most
-    assert "array" not in repr(timeline)
-
-
-@pytest.mark.parametrize(
-    "interval, words",
-    [
-        ((2, "F", 0, 0, 0.0, 1.0), "rank is 2; the timeline has the ranks 0 to 1"),
-        ((-1, "F", 0, 0, 0.0, 1.0), "rank is -1"),
-        ((0, "X", 0, 0, 0.0, 1.0), "kind is 'X'; known are F, B"),
-        ((0, "FB", 0, 0, 0.0, 1.0), "kind is 'FB'"),
-        ((0, "F", 3, 4, 2.0, 1.0), "3F4 lasts from 2.0 to 1.0"),
-        ((0, "F", 0, 0, float("nan"), 1.0), "0F0 lasts from nan to 1.0"),
-        ((0, "F", 0, 0, 0.0, float("inf")), "0F0 lasts from 0.0 to inf"),
-    ],
-)
-def test_intervals_that_cannot_be(interval: tuple, words: str) -> None:
-    timeline = recorded()
-    with pytest.raises(ValueError, match=words):
-        timeline.add(*interval)
-    assert len(list(timeline)) == 4  # no column has grown
-
-
-def test_an_empty_timeline() -> None:
-    timeline = Timeline(2, "made by hand")
-    assert timeline.makespan == 0 and timeline.busy(0) == 0 and list(timeline) == []
-    for share in ("bubble_of_total", "bubble_of_ideal"):
-        with pytest.raises(ValueError, match="no length"):
-            getattr(timeline, share)
-    with pytest.raises(ValueError, match="no length"):
-        timeline.utilisation(0)
-
-
-def test_a_timeline_without_ranks_or_label() -> None:
-    with pytest.raises(ValueError, match="num_ranks is 0"):
-        Timeline(0, "simulated")
-    with pytest.raises(ValueError, match="label is empty"):
-        Timeline(1, " ")
 
 
 # --- Simulation -------------------------------------------------------------------------------------------------
@@ -115,7 +51,7 @@ def test_stages_of_one_rank_hand_over_in_no_time() -> None:
     assert simulate(parse("0F0,1F0,1B0,0B0"), transfer=100).makespan == 4
 
 
-def by_waiting(schedule: Schedule, forward: list[float], backward: list[float], transfer: float) -> dict[Action, float]:
+def by_waiting(schedule: Schedule, costs: dict[str, list[float]], transfer: float) -> dict[Action, float]:
     """The starts when messages are buffered, found without a graph: each rank goes on as soon as its input is there."""
     begins: dict[Action, float] = {}
     ends: dict[Action, float] = {}
@@ -131,19 +67,21 @@ def by_waiting(schedule: Schedule, forward: list[float], backward: list[float], 
             far = source is not None and schedule.rank_of_stage[source.stage] != rank
             ready = 0.0 if source is None else ends[source] + (transfer if far else 0.0)
             begins[action] = max(free[rank], ready)
-            ends[action] = free[rank] = begins[action] + (forward if action.kind == "F" else backward)[action.stage]
+            ends[action] = free[rank] = begins[action] + costs[action.kind][action.stage]
             done[rank] += 1
     return begins
 
 
-@given(any_valid_schedule(), st.data())
+@given(with_recomputation(), st.data())
 def test_the_longest_path_is_what_waiting_gives(schedule: Schedule, data: st.DataObject) -> None:
     costs = st.lists(st.integers(1, 5), min_size=schedule.num_stages, max_size=schedule.num_stages)
-    forward, backward, transfer = data.draw(costs), data.draw(costs), data.draw(st.integers(0, 3))
-    assert starts(simulate(schedule, forward, backward, transfer)) == by_waiting(schedule, forward, backward, transfer)
+    forward, backward, recompute = data.draw(costs), data.draw(costs), data.draw(st.none() | costs)
+    transfer = data.draw(st.integers(0, 3))
+    found = starts(simulate(schedule, forward, backward, transfer, recompute=recompute))
+    assert found == by_waiting(schedule, {"F": forward, "B": backward, "R": recompute or forward}, transfer)
 
 
-@given(any_valid_schedule())
+@given(with_recomputation())
 def test_a_rank_does_one_thing_at_a_time_in_the_order_of_the_schedule(schedule: Schedule) -> None:
     timeline = simulate(schedule, forward=2, backward=3, transfer=1)
     assert min(timeline.start) == 0
@@ -162,6 +100,79 @@ def test_an_uneven_stage_sets_the_pace() -> None:
     timeline = simulate(gpipe(3, 10), forward=[1, 2, 1], backward=[1, 2, 1])
     assert timeline.makespan == 10 * (2 + 2) + 2 * (1 + 1)
     assert timeline.utilisation(1) == 40 / 44
+
+
+# --- Recomputation ----------------------------------------------------------------------------------------------
+
+
+def test_a_recomputation_runs_while_the_gradient_is_under_way() -> None:
+    """Rank 0 has computed its forward again before the gradient comes; rank 1, which waits for none, takes longer."""
+    schedule = rematerialise(gpipe(2, 1), "always")
+    timeline = simulate(schedule, forward=[2, 3], backward=5, transfer=0.5, recompute=[4, 1])
+    assert list(timeline) == [
+        Interval(0, "F", 0, 0, 0.0, 2.0),
+        Interval(0, "R", 0, 0, 2.0, 6.0),
+        Interval(0, "B", 0, 0, 12.0, 17.0),
+        Interval(1, "F", 1, 0, 2.5, 5.5),
+        Interval(1, "R", 1, 0, 5.5, 6.5),
+        Interval(1, "B", 1, 0, 6.5, 11.5),
+    ]
+    assert timeline.label == "simulated: forward 2/3, backward 5, recompute 4/1, transfer 0.5"
+    assert timeline.efficiency == 15 / 34 and timeline.utilisation(0) == 11 / 17
+
+
+@pytest.mark.parametrize("make", [gpipe, one_f_one_b])
+def test_recomputing_everything_lengthens_the_backward(make) -> None:
+    """By as much as it costs, but K - 1 times less: all ranks but the last do it while they wait for a gradient."""
+    plain, again = make(4, 8), rematerialise(make(4, 8), "always")
+    assert simulate(plain, 1, 2).makespan == 33
+    assert simulate(again, 1, 2).makespan == simulate(plain, 1, 3).makespan - 3 == 41
+    assert simulate(again, 1, 2).label == "simulated: forward 1, backward 2, recompute 1, transfer 0"
+    assert simulate(plain, 1, 2, recompute=7).label == "simulated: forward 1, backward 2, transfer 0"
+
+
+def test_the_last_micro_batch_of_gpipe_need_not_be_recomputed() -> None:
+    """GPipe's last rank turns round at once: it saves one recomputation, and the ranks before it wait as long."""
+    figures = {policy: simulate(rematerialise(gpipe(3, 4), policy), 1, 2).makespan for policy in POLICIES}
+    assert figures == {"never": 18, "except_last": 21, "always": 22}
+
+
+@given(with_recomputation())
+def test_what_is_kept_counts_each_micro_batch_once(schedule: Schedule) -> None:
+    """Against a walk that looks, after each action, at what has happened to every micro-batch."""
+    for row, states in zip(schedule.actions, kept(schedule), strict=True):
+        done: set[Action] = set()
+        for action, state in zip(row, states, strict=True):
+            done.add(action)
+            open_ones = [a for a in done if a.kind == "F" and a._replace(kind="B") not in done]
+            graphs = [a for a in open_ones if a._replace(kind="R") not in row or a._replace(kind="R") in done]
+            assert state == (len(graphs), len(open_ones) - len(graphs))
+        assert not row or states[-1] == (0, 0)
+
+
+def test_memory_with_recomputation() -> None:
+    policies = {policy: rematerialise(gpipe(3, 4), policy) for policy in POLICIES}
+    assert {policy: peak_stash(s) for policy, s in policies.items()} == {
+        "never": [4, 4, 4],
+        "except_last": [2, 2, 2],
+        "always": [1, 1, 1],
+    }
+    assert {policy: peak_inputs(s) for policy, s in policies.items()} == {
+        "never": [0, 0, 0],
+        "except_last": [3, 3, 3],
+        "always": [4, 4, 4],
+    }
+    assert peak_inputs(rematerialise(one_f_one_b(3, 4), "always")) == [3, 2, 1]
+    assert kept(rematerialise(naive(1, 2), "except_last")) == [
+        [Kept(0, 1), Kept(1, 0), Kept(0, 0), Kept(1, 0), Kept(0, 0)]
+    ]
+    evaluation = forward_only(rematerialise(gpipe(2, 3), "always"))
+    assert kept(evaluation) == [[(0, 0)] * 3] * 2 and peak_inputs(evaluation) == peak_stash(evaluation) == [0, 0]
+
+
+def test_a_rank_that_does_nothing_keeps_nothing() -> None:
+    idle = Schedule(1, (0, 2), ((Action("F", 0, 0), Action("B", 0, 0)), (), (Action("F", 1, 0), Action("B", 1, 0))))
+    assert peak_stash(idle) == [1, 0, 1] and peak_inputs(idle) == [0, 0, 0]
 
 
 # --- Queues -----------------------------------------------------------------------------------------------------
@@ -240,6 +251,8 @@ def test_coarser_queues_are_never_faster(seed: int, transfer: int) -> None:
         ({"backward": []}, "backward has 0 costs"),
         ({"transfer": -1}, "transfer is -1; a cost is a number, finite and not negative"),
         ({"transfer": [1, 1]}, r"transfer is \[1, 1\]"),
+        ({"recompute": 0}, "recompute is 0; a cost is a number, finite and positive"),
+        ({"recompute": [1, 1, 1]}, "recompute has 3 costs"),
         ({"queues": "nccl"}, "unknown model of queues 'nccl'"),
     ],
 )
@@ -249,7 +262,7 @@ def test_costs_that_cannot_be(costs: dict, words: str) -> None:
 
 
 def test_a_schedule_that_cannot_run_has_no_price() -> None:
-    for price in (simulate, peak_stash, staircase):
+    for price in (simulate, peak_stash, peak_inputs, kept, staircase):
         with pytest.raises(NotAscending):
             price(parse("0F1,0F0,0B0,0B1"))
         with pytest.raises(MissingAction, match="^0B1 is missing"):
@@ -295,10 +308,23 @@ def test_the_stage_is_shown_where_a_rank_has_several() -> None:
     )
 
 
-@given(any_valid_schedule(), st.integers(1, 3), st.integers(1, 3))
-def test_a_staircase_shows_what_the_timeline_holds(schedule: Schedule, forward: int, backward: int) -> None:
-    timeline = simulate(schedule, forward, backward)
-    *lanes, legend = staircase(schedule, forward, backward).split("\n")
+def test_a_staircase_with_recomputation() -> None:
+    schedule = rematerialise(gpipe(2, 2), "except_last")
+    assert staircase(schedule, backward=2) == (
+        "rank 0  F0 F1 R0 .  .  .  B0--- B1---\n"
+        "rank 1  .  F0 F1 R0 B0--- B1--- .  .\n"
+        "simulated: forward 1, backward 2, recompute 1, transfer 0, in slots. F0: forward of micro-batch 0; "
+        "R: the same forward once more; a dot: idle."
+    )
+    assert "R0---" in staircase(schedule, recompute=2)
+
+
+@given(with_recomputation(), st.integers(1, 3), st.integers(1, 3), st.none() | st.integers(1, 3))
+def test_a_staircase_shows_what_the_timeline_holds(
+    schedule: Schedule, forward: int, backward: int, recompute: int | None
+) -> None:
+    timeline = simulate(schedule, forward, backward, recompute=recompute)
+    *lanes, legend = staircase(schedule, forward, backward, recompute).split("\n")
     assert legend.startswith(timeline.label)
     several = len(schedule.rank_of_stage) > schedule.num_ranks
     width = 1 + max(len(str(action)) - (not several) for row in schedule.actions for action in row)
@@ -313,7 +339,7 @@ def test_a_staircase_shows_what_the_timeline_holds(schedule: Schedule, forward: 
         assert lane.count(".") == timeline.makespan - timeline.busy(rank)
 
 
-@pytest.mark.parametrize("costs", [{"forward": 0.5}, {"backward": [1, 1.25]}])
+@pytest.mark.parametrize("costs", [{"forward": 0.5}, {"backward": [1, 1.25]}, {"recompute": 1.25}])
 def test_a_staircase_has_whole_slots(costs: dict) -> None:
     with pytest.raises(ValueError, match="is (0.5|1.25); a staircase has whole slots"):
         staircase(naive(2, 1), **costs)

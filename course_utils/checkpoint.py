@@ -1,0 +1,454 @@
+"""Checkpoints that commit: whatever kills a run, and at whatever moment, the last good checkpoint is whole.
+
+    <folder>/step_00000060/stage_0.pt    one stage: its parameters and their optimizer state, by name
+                           stage_1.pt
+                           manifest.json written last: sizes and hashes of the files, and what all ranks have in common
+
+A folder without a valid manifest is no checkpoint. Every file is written under another name, forced to the disk and
+then renamed; an older checkpoint is removed only when the newer one is safe. The names of parameters do not depend on
+the cut, so any number of stages can resume. All ranks must see the same folder, and each run needs its own.
+
+The files are read with `weights_only=True` after their hashes are checked: code in them is refused and never run.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from course_utils.transfer import Gathering, as_bytes
+from course_utils.transports import Transport, describe
+
+FORMAT = 1  # to be counted up when older programs cannot read what newer ones write
+MANIFEST = "manifest.json"
+PART = ".part"  # ends the name of a file that is being written
+OUR_FOLDERS = re.compile(r"step_(\d{8,})")
+OUR_FILES = re.compile(r"(stage_\d+\.pt|manifest\.json)(\.part)?")
+MAY_DIFFER = ("stages", "schedule", "rematerialisation", "steps")  # these change no bit of a run at equal micro-batches
+
+# All that belongs to one parameter: "value", and what the optimizer keeps (Adam: "step", "exp_avg", "exp_avg_sq").
+ParameterState = dict[str, Tensor]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be saved, or what is there cannot be resumed. Nothing that was good is overwritten."""
+
+
+@dataclass
+class RankState:
+    """What one rank holds of a run between two steps.
+
+    Attributes:
+        step: number of steps done; so it is the position in the data as well, the number of the next step.
+        stages: {stage: {parameter name: see `collect`}}, the stages of this rank; there may be none.
+        record: `StageRecord.summary()`.
+        shared: what is the same on all ranks, such as the state of the learning rate; it must fit into JSON.
+        config: the configuration of the run, for `compare_config`; it must fit into JSON.
+    """
+
+    step: int
+    stages: Mapping[int, Mapping[str, ParameterState]]
+    record: Mapping[str, str] = field(default_factory=dict)
+    shared: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SaveReport:
+    """What became of a `save`, the same on every rank.
+
+    Attributes:
+        problem: what went wrong, in words; empty if nothing did.
+        num_bytes: of the files of all stages.
+    """
+
+    step: int
+    saved: bool
+    problem: str
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class StageFile:
+    """What the manifest knows of the file of a stage."""
+
+    size: int  # bytes
+    sha256: str
+    parameters: list[str]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A checkpoint, all but its tensors.
+
+    Attributes:
+        step, config, shared: as in `RankState`.
+        record: of the whole run.
+        stages: by stage. There are no names of files in it: it cannot lead out of its folder.
+        torch: the version that wrote it.
+    """
+
+    folder: Path
+    step: int
+    config: Mapping[str, Any]
+    shared: Mapping[str, Any]
+    record: Mapping[str, str]
+    stages: list[StageFile]
+    torch: str
+
+    def record_of(self, names: Iterable[str]) -> dict[str, str]:
+        """The part of the record that a rank resumes: of these names, those that were recorded."""
+        return {name: self.record[name] for name in names if name in self.record}
+
+    def to_json(self) -> bytes:
+        """The bytes of the file; they end with the hash of the rest."""
+        content = {"format": FORMAT, **asdict(self)}
+        del content["folder"]
+        return json.dumps({**content, "sha256": sha256(as_json(content))}, indent=1).encode()
+
+
+# --- Save ------------------------------------------------------------------------------------------------------------
+
+
+class Checkpoints:
+    """The checkpoints of one run, in one folder.
+
+    Args:
+        folder: made by the first save if it is not there, for this user only.
+        keep: so many checkpoints are kept, the newest and those before it.
+        on_failure: what `save` does on all ranks if one of them cannot write, because the disk is full for example:
+            "stop" raises CheckpointError, "continue" returns a report that says so.
+    """
+
+    def __init__(self, folder: str | Path, keep: int = 2, on_failure: Literal["stop", "continue"] = "stop"):
+        if keep < 1:
+            raise ValueError(f"keep is {keep}; at least 1 checkpoint must be kept")
+        if on_failure not in ("stop", "continue"):
+            raise ValueError(f"on_failure is {on_failure!r}; it must be 'stop' or 'continue'")
+        self.folder, self.keep, self.on_failure = Path(folder), keep, on_failure
+
+    def save(self, transport: Transport, state: RankState) -> SaveReport:
+        """Save what all ranks hold. Every rank calls it between the same two steps, also one without stages.
+
+        Needs memory for the file of its largest stage, twice. A rank waits for others no longer than its transport.
+
+        Raises:
+            CheckpointError: on all ranks: they are not in the same state; or, with "stop", it could not be saved.
+        """
+        folder, is_first = self.folder / f"step_{state.step:08d}", transport.rank == 0
+        common = sha256(as_json([state.step, state.config, state.shared]))
+        own: Any = {"common": common, "step": state.step, "stages": list(state.stages), "problem": ""}
+        if is_first:
+            own["problem"] = attempt(f"{folder} could not be made", self.make_room, folder)
+        ranks = tell_all(transport, own, "where the checkpoint goes")
+        check_agreement(ranks)
+        problem, saved, num_bytes = ranks[0]["problem"], False, 0
+        if not problem:
+            own = self.write_stages(folder, state)
+            ranks = tell_all(transport, own, "whether the files of its stages are written")
+            problem = next((rank["problem"] for rank in ranks if rank["problem"]), "")
+            record = {name: digest for rank in ranks for name, digest in rank["record"].items()}
+            entries = {int(stage): StageFile(**entry) for rank in ranks for stage, entry in rank["files"].items()}
+            files = [entries[stage] for stage in sorted(entries)]
+            num_bytes = sum(file.size for file in files)
+            if is_first:
+                version = str(torch.__version__)
+                own = self.commit(
+                    Manifest(folder, state.step, state.config, state.shared, record, files, version), problem
+                )
+            saved, problem = tell_all(transport, own, "whether the checkpoint is complete")[0]
+        if not saved:
+            problem = f"no checkpoint of step {state.step} was saved: {problem}. Those before it are whole."
+            if self.on_failure == "stop":
+                raise CheckpointError(problem)
+        return SaveReport(state.step, saved, problem, num_bytes)
+
+    def make_room(self, folder: Path) -> None:
+        """The folder of a checkpoint, without what a killed save has left in it. Rank 0 only."""
+        if (folder / MANIFEST).exists():
+            raise FileExistsError("it is there already, and is not overwritten; remove it or name another folder")
+        if folder in self.folders():
+            discard(folder)
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.mkdir(folder, mode=0o700)
+        sync_names(self.folder)
+
+    def write_stages(self, folder: Path, state: RankState) -> dict[str, Any]:
+        """Write the files of this rank's stages, up to the first that cannot be written; tell what became of them."""
+        own: dict[str, Any] = {"files": {}, "record": state.record, "problem": ""}
+        for stage, parameters in state.stages.items():
+            data, path = pack(parameters), stage_file(folder, stage)
+            own["files"][stage] = asdict(StageFile(len(data), sha256(data), list(parameters)))
+            own["problem"] = own["problem"] or attempt(f"{path} could not be written", write_durably, path, data)
+        return own
+
+    def commit(self, manifest: Manifest, problem: str) -> tuple[bool, str]:
+        """Make the checkpoint valid and remove what is too old, or remove the checkpoint. Rank 0 only."""
+        path = manifest.folder / MANIFEST
+        problem = problem or attempt(f"{path} could not be written", write_durably, path, manifest.to_json())
+        remove = discard if problem else self.remove_older
+        left = attempt("a folder could not be removed", remove, manifest.folder)
+        return not problem, "; ".join(filter(None, (problem, left)))
+
+    def remove_older(self, newest: Path) -> None:
+        """Of the valid checkpoints before this one, keep the last; what killed saves left goes, what is damaged stays.
+
+        Later ones, which another run must have made, stay too.
+        """
+        folders = self.folders()
+        valid = [folder for folder in folders[: folders.index(newest)] if is_valid(folder)]
+        left_over = [folder for folder in folders if not (folder / MANIFEST).exists()]
+        for folder in left_over + valid[: max(0, len(valid) - self.keep + 1)]:
+            discard(folder)
+
+    def folders(self) -> list[Path]:
+        """Those of checkpoints, complete or not, by step."""
+        entries = os.scandir(self.folder) if self.folder.exists() else ()
+        names = [e.name for e in entries if OUR_FOLDERS.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
+        return [self.folder / name for name in sorted(names, key=step_of)]
+
+    def latest(self) -> Manifest | None:
+        """The newest checkpoint, or None. Raises CheckpointError if its manifest is damaged."""
+        complete = [folder for folder in self.folders() if (folder / MANIFEST).exists()]
+        return read_manifest(complete[-1]) if complete else None
+
+
+def collect(named: Iterable[tuple[str, Tensor]], optimizer: Optimizer) -> dict[str, ParameterState]:
+    """{name: the parameter and what the optimizer keeps for it}, for `RankState`; nothing is copied."""
+    return {name: {"value": parameter, **optimizer.state.get(parameter, {})} for name, parameter in named}
+
+
+def tell_all(transport: Transport, mine: Any, what: str) -> list[Any]:
+    """What every rank has to say, by rank. It travels as JSON: nothing that arrives can be code."""
+    text = as_json(mine)
+    lengths = Gathering(transport, 8, f"how long it takes to say {what}").share(as_bytes(len(text).to_bytes(8)))
+    longest = max(int.from_bytes(length.numpy().tobytes()) for length in lengths)
+    texts = Gathering(transport, longest, what).share(as_bytes(text.ljust(longest)))
+    return [json.loads(text.numpy().tobytes()) for text in texts]
+
+
+def check_agreement(ranks: list[dict[str, Any]]) -> None:
+    """Raises CheckpointError, and on all ranks, because all see the same."""
+    stages = sorted(stage for rank in ranks for stage in rank["stages"])
+    if len({rank["common"] for rank in ranks}) > 1 or stages != list(range(len(stages))):
+        raise CheckpointError(
+            f"the ranks have done {[rank['step'] for rank in ranks]} steps and hold the stages {stages}: all must save "
+            "at the same place of the same loop, with equal config and shared state, and hold each stage once"
+        )
+
+
+# --- Resume ----------------------------------------------------------------------------------------------------------
+
+
+def restore(manifest: Manifest, named: Iterable[tuple[str, Tensor]], optimizer: Optimizer) -> None:
+    """Give these parameters and their optimizer what was saved. Nothing is changed before all is checked.
+
+    Learning rates and other settings of the optimizer stay as they are.
+
+    Raises:
+        CheckpointError: as `load`.
+    """
+    named = list(named)
+    saved = load(manifest, dict(named))
+    for name, parameter in named:
+        state = saved[name]
+        with torch.no_grad():
+            parameter.copy_(state.pop("value"))
+        optimizer.state.pop(parameter, None)
+        if state:  # Adam counts its steps on the CPU
+            on_device = {key: tensor if key == "step" else tensor.to(parameter.device) for key, tensor in state.items()}
+            optimizer.state[parameter] = on_device
+
+
+def load(manifest: Manifest, wanted: Mapping[str, Tensor]) -> dict[str, ParameterState]:
+    """Some parameters, from the files that hold them, whoever wrote those. Needs memory for one file twice.
+
+    Args:
+        wanted: {name: a tensor of the shape and dtype that it must have}.
+
+    Raises:
+        CheckpointError: one is missing or of another shape or dtype, or a file is not what was saved.
+    """
+    found: dict[str, Any] = {}
+    for stage, file in enumerate(manifest.stages):
+        names = [name for name in file.parameters if name in wanted]
+        if names:
+            content = unpack(stage_file(manifest.folder, stage), file)
+            found |= {name: content[name] for name in names}
+    for name, like in wanted.items():
+        for key, tensor in found.get(name, {"value": None}).items():
+            expected = "a scalar float32" if key == "step" else describe(like)
+            if describe(tensor) != expected:
+                raise CheckpointError(
+                    f"{key} of {name} in {manifest.folder} is {describe(tensor)}; this model needs {expected}: "
+                    "resume the model that the checkpoint was made of"
+                )
+    return found
+
+
+def compare_config(saved: Mapping[str, Any], now: Mapping[str, Any], may_differ: Iterable[str] = MAY_DIFFER) -> None:
+    """Refuse to resume what would become another run. A field that is missing counts as None.
+
+    Raises:
+        CheckpointError: names each field that differs, with both values.
+    """
+    before, after, free = flat(saved), flat(json.loads(as_json(now))), tuple(may_differ)
+    different = [
+        f"{name} was {before.get(name)!r} and is {after.get(name)!r} now"
+        for name in dict.fromkeys([*before, *after])
+        if name.split(".")[0] not in free and before.get(name) != after.get(name)
+    ]
+    if different:
+        raise CheckpointError(
+            f"the checkpoint is of another run: {'; '.join(different)}. Resume with the old values (only "
+            f"{', '.join(free)} may change), or begin anew in another folder"
+        )
+
+
+def flat(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """{"model": {"heads": 2}} -> {"model.heads": 2}"""
+    fields: dict[str, Any] = {}
+    for name, value in config.items():
+        fields |= flat(value, f"{above}{name}.") if isinstance(value, dict) else {above + name: value}
+    return fields
+
+
+# --- What lies on the disk -------------------------------------------------------------------------------------------
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """After a crash, at whatever moment, the file is complete or not there; after the return it is on the disk."""
+    part = path.with_name(path.name + PART)
+    with open(part, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    sync_names(path.parent)
+
+
+def sync_names(folder: Path) -> None:
+    """Force the names in a folder to the disk. Windows has no way to ask for it."""
+    if os.name != "nt":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def discard(folder: Path) -> None:
+    """Remove our files and then the folder. The manifest goes first: what is half removed is no checkpoint any more."""
+    names = [name for name in os.listdir(folder) if OUR_FILES.fullmatch(name)]
+    for name in sorted(names, key=lambda name: name != MANIFEST):
+        os.unlink(folder / name)
+        if name == MANIFEST:
+            sync_names(folder)
+    os.rmdir(folder)
+
+
+def pack(parameters: Mapping[str, ParameterState]) -> bytes:
+    """The file of a stage. Tensors are copied, or torch would save all of the memory that a tensor is a part of."""
+    copies = {
+        name: {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in state.items()}
+        for name, state in parameters.items()
+    }
+    buffer = io.BytesIO()
+    torch.save(copies, buffer)
+    return buffer.getvalue()
+
+
+def unpack(path: Path, file: StageFile) -> dict[str, ParameterState]:
+    """The reverse of `pack`, with a check of everything. The bytes that are opened are those that were hashed."""
+    size = path.stat().st_size if path.is_file() else None
+    if size != file.size:
+        raise damaged(path, "is missing" if size is None else f"has {size} bytes instead of {file.size}")
+    data = path.read_bytes()
+    if sha256(data) != file.sha256:
+        raise damaged(path, f"was changed: its SHA-256 is {sha256(data)} instead of {file.sha256}")
+    if not data.startswith(b"PK"):  # torch would also read older forms, which are pickles from end to end
+        raise damaged(path, "is no file of torch.save")
+    try:
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # which ones there are is not documented
+        raise damaged(path, f"does not hold tensors only, so it is not read: {str(error)[:500]}") from error
+    if not isinstance(content, dict) or list(content) != file.parameters or not all(map(is_state, content.values())):
+        raise damaged(path, "is not the file of a stage that its manifest describes")
+    return content
+
+
+def is_state(value: Any) -> bool:
+    """Whether it may be a ParameterState."""
+    tensors = value.values() if isinstance(value, dict) and "value" in value else [None]
+    return all(isinstance(tensor, Tensor) and tensor.layout == torch.strided for tensor in tensors)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises CheckpointError unless it is to the last byte what `Manifest.to_json` gives."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise damaged(path, "is missing")
+    data = path.read_bytes()
+    try:
+        content = json.loads(data)
+        version, _ = content.pop("format"), content.pop("sha256")
+        if version > FORMAT:
+            raise CheckpointError(f"{path} has format {version}, this program knows {FORMAT}: resume with a newer one")
+        stages = [StageFile(**entry) for entry in content.pop("stages")]
+        manifest = Manifest(folder, stages=stages, **content)
+    except (LookupError, TypeError, AttributeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise damaged(path, f"is no manifest of a checkpoint ({type(error).__name__}: {error})") from error
+    if manifest.to_json() != data or manifest.step != step_of(folder.name):
+        raise damaged(path, f"was changed: its hash is not the one that it names, or it is not of {folder.name}")
+    return manifest
+
+
+def is_valid(folder: Path) -> bool:
+    try:
+        return bool(read_manifest(folder))
+    except CheckpointError:
+        return False
+
+
+def damaged(path: Path, how: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} {how}. Nothing was changed. Put the right file there, or remove {path.parent} to resume from the "
+        "checkpoint before it, if there is one"
+    )
+
+
+# --- Small things ----------------------------------------------------------------------------------------------------
+
+
+def attempt(what: str, function: Callable[..., None], *arguments: Any) -> str:
+    """Call a function; if the disk does not let it, the answer says so, for the other ranks to hear."""
+    try:
+        function(*arguments)
+    except OSError as error:
+        return f"{what}: {error.strerror or error}"
+    return ""
+
+
+def stage_file(folder: Path, stage: int) -> Path:
+    return folder / f"stage_{stage}.pt"
+
+
+def step_of(folder_name: str) -> int:
+    return int(folder_name.removeprefix("step_"))
+
+
+def as_json(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True).encode()
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
