@@ -30,9 +30,8 @@ from course_utils.transports import Transport, describe
 
 FORMAT = 1  # to be counted up when older programs cannot read what newer ones write
 MANIFEST = "manifest.json"
-PART = ".part"  # ends the name of a file that is being written
 OUR_FOLDERS = re.compile(r"step_(\d{8,})")
-OUR_FILES = re.compile(r"(stage_\d+\.pt|manifest\.json)(\.part)?")
+OUR_FILES = re.compile(r"(stage_\d+\.pt|manifest\.json)(\.part)?")  # .part: while it is being written
 MAY_DIFFER = ("stages", "schedule", "rematerialisation", "steps")  # these change no bit of a run at equal micro-batches
 
 # All that belongs to one parameter: "value", and what the optimizer keeps (Adam: "step", "exp_avg", "exp_avg_sq").
@@ -103,7 +102,7 @@ class Manifest:
     shared: Mapping[str, Any]
     record: Mapping[str, str]
     stages: list[StageFile]
-    torch: str
+    torch: str = str(torch.__version__)
 
     def record_of(self, names: Iterable[str]) -> dict[str, str]:
         """The part of the record that a rank resumes: of these names, those that were recorded."""
@@ -113,6 +112,7 @@ class Manifest:
         """The bytes of the file; they end with the hash of the rest."""
         content = {"format": FORMAT, **asdict(self)}
         del content["folder"]
+        content = json.loads(as_json(content))  # as it will be read again: keys are strings, tuples are lists
         return json.dumps({**content, "sha256": sha256(as_json(content))}, indent=1).encode()
 
 
@@ -144,77 +144,55 @@ class Checkpoints:
         Raises:
             CheckpointError: on all ranks: they are not in the same state; or, with "stop", it could not be saved.
         """
-        folder, is_first = self.folder / f"step_{state.step:08d}", transport.rank == 0
-        common = sha256(as_json([state.step, state.config, state.shared]))
-        own: Any = {"common": common, "step": state.step, "stages": list(state.stages), "problem": ""}
-        if is_first:
-            own["problem"] = attempt(f"{folder} could not be made", self.make_room, folder)
-        ranks = tell_all(transport, own, "where the checkpoint goes")
-        check_agreement(ranks)
-        problem, saved, num_bytes = ranks[0]["problem"], False, 0
-        if not problem:
-            own = self.write_stages(folder, state)
-            ranks = tell_all(transport, own, "whether the files of its stages are written")
-            problem = next((rank["problem"] for rank in ranks if rank["problem"]), "")
-            record = {name: digest for rank in ranks for name, digest in rank["record"].items()}
-            entries = {int(stage): StageFile(**entry) for rank in ranks for stage, entry in rank["files"].items()}
-            files = [entries[stage] for stage in sorted(entries)]
-            num_bytes = sum(file.size for file in files)
-            if is_first:
-                version = str(torch.__version__)
-                own = self.commit(
-                    Manifest(folder, state.step, state.config, state.shared, record, files, version), problem
-                )
-            saved, problem = tell_all(transport, own, "whether the checkpoint is complete")[0]
+        folder = self.folder / f"step_{state.step:08d}"
+        own: dict[str, Any] = {"common": [state.step, state.config, state.shared], "files": {}, "record": state.record}
+        own["problem"] = attempt(f"{folder} could not be made", self.make, folder)
+        for stage, parameters in state.stages.items():
+            data, path = pack(parameters), folder / f"stage_{stage}.pt"
+            own["files"][stage] = asdict(StageFile(len(data), sha256(data), list(parameters)))
+            own["problem"] = own["problem"] or attempt(f"{path} could not be written", write_durably, path, data)
+        ranks = tell_all(transport, own, "what it has written of the checkpoint")
+
+        files, record = check_and_merge(ranks)
+        problem = "; ".join(rank["problem"] for rank in ranks if rank["problem"])
+        manifest = Manifest(folder, state.step, state.config, state.shared, record, files)
+        outcome = self.commit(manifest, problem) if transport.rank == 0 else None
+        saved, problem = tell_all(transport, outcome, "whether the checkpoint is complete")[0]
         if not saved:
             problem = f"no checkpoint of step {state.step} was saved: {problem}. Those before it are whole."
             if self.on_failure == "stop":
                 raise CheckpointError(problem)
-        return SaveReport(state.step, saved, problem, num_bytes)
+        return SaveReport(state.step, saved, problem, sum(file.size for file in files))
 
-    def make_room(self, folder: Path) -> None:
-        """The folder of a checkpoint, without what a killed save has left in it. Rank 0 only."""
+    def make(self, folder: Path) -> None:
+        """Make a folder for a checkpoint, on every rank: there can be no new manifest before all have been here."""
         if (folder / MANIFEST).exists():
-            raise FileExistsError("it is there already, and is not overwritten; remove it or name another folder")
-        if folder in self.folders():
-            discard(folder)
+            raise FileExistsError("it is a checkpoint already, and is not overwritten; name another folder")
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.mkdir(folder, mode=0o700)
+        folder.mkdir(mode=0o700, exist_ok=True)
         sync_names(self.folder)
 
-    def write_stages(self, folder: Path, state: RankState) -> dict[str, Any]:
-        """Write the files of this rank's stages, up to the first that cannot be written; tell what became of them."""
-        own: dict[str, Any] = {"files": {}, "record": state.record, "problem": ""}
-        for stage, parameters in state.stages.items():
-            data, path = pack(parameters), stage_file(folder, stage)
-            own["files"][stage] = asdict(StageFile(len(data), sha256(data), list(parameters)))
-            own["problem"] = own["problem"] or attempt(f"{path} could not be written", write_durably, path, data)
-        return own
-
     def commit(self, manifest: Manifest, problem: str) -> tuple[bool, str]:
-        """Make the checkpoint valid and remove what is too old, or remove the checkpoint. Rank 0 only."""
+        """Make the checkpoint valid unless there is a problem, and tidy up: (whether it is valid, what went wrong)."""
         path = manifest.folder / MANIFEST
         problem = problem or attempt(f"{path} could not be written", write_durably, path, manifest.to_json())
-        remove = discard if problem else self.remove_older
-        left = attempt("a folder could not be removed", remove, manifest.folder)
+        left = attempt(f"{self.folder} could not be tidied up", self.tidy_up, manifest)
         return not problem, "; ".join(filter(None, (problem, left)))
 
-    def remove_older(self, newest: Path) -> None:
-        """Of the valid checkpoints before this one, keep the last; what killed saves left goes, what is damaged stays.
+    def tidy_up(self, newest: Manifest) -> None:
+        """Remove what has no manifest, which killed and failed saves have left, and checkpoints that are too old.
 
-        Later ones, which another run must have made, stay too.
+        Damaged ones stay, and those of later steps, which another run must have made.
         """
         folders = self.folders()
-        valid = [folder for folder in folders[: folders.index(newest)] if is_valid(folder)]
-        left_over = [folder for folder in folders if not (folder / MANIFEST).exists()]
-        for folder in left_over + valid[: max(0, len(valid) - self.keep + 1)]:
+        valid = [folder for folder in folders if step_of(folder) <= newest.step and is_valid(folder)]
+        for folder in [folder for folder in folders if not (folder / MANIFEST).exists()] + valid[: -self.keep]:
             discard(folder)
 
     def folders(self) -> list[Path]:
-        """Those of checkpoints, complete or not, by step."""
-        entries = os.scandir(self.folder) if self.folder.exists() else ()
-        names = [e.name for e in entries if OUR_FOLDERS.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
-        return [self.folder / name for name in sorted(names, key=step_of)]
+        """Those of checkpoints, complete or not, by step. Links are left alone."""
+        found = [path for path in self.folder.glob("step_*") if path.is_dir() and not path.is_symlink()]
+        return sorted((path for path in found if OUR_FOLDERS.fullmatch(path.name)), key=step_of)
 
     def latest(self) -> Manifest | None:
         """The newest checkpoint, or None. Raises CheckpointError if its manifest is damaged."""
@@ -236,14 +214,16 @@ def tell_all(transport: Transport, mine: Any, what: str) -> list[Any]:
     return [json.loads(text.numpy().tobytes()) for text in texts]
 
 
-def check_agreement(ranks: list[dict[str, Any]]) -> None:
-    """Raises CheckpointError, and on all ranks, because all see the same."""
-    stages = sorted(stage for rank in ranks for stage in rank["stages"])
-    if len({rank["common"] for rank in ranks}) > 1 or stages != list(range(len(stages))):
+def check_and_merge(ranks: list[dict[str, Any]]) -> tuple[list[StageFile], dict[str, str]]:
+    """The files by stage, and the record of the run. Raises CheckpointError on all ranks, because all see the same."""
+    files = {int(stage): StageFile(**entry) for rank in ranks for stage, entry in rank["files"].items()}
+    stages = sorted(int(stage) for rank in ranks for stage in rank["files"])
+    if len({as_json(rank["common"]) for rank in ranks}) > 1 or stages != list(range(len(stages))):
         raise CheckpointError(
-            f"the ranks have done {[rank['step'] for rank in ranks]} steps and hold the stages {stages}: all must save "
-            "at the same place of the same loop, with equal config and shared state, and hold each stage once"
+            f"the ranks have done {[rank['common'][0] for rank in ranks]} steps and hold the stages {stages}: all must "
+            "save at the same place of the same loop, with equal config and shared state, and hold each stage once"
         )
+    return [files[stage] for stage in stages], {name: d for rank in ranks for name, d in rank["record"].items()}
 
 
 # --- Resume ----------------------------------------------------------------------------------------------------------
@@ -263,10 +243,9 @@ def restore(manifest: Manifest, named: Iterable[tuple[str, Tensor]], optimizer: 
         state = saved[name]
         with torch.no_grad():
             parameter.copy_(state.pop("value"))
-        optimizer.state.pop(parameter, None)
-        if state:  # Adam counts its steps on the CPU
-            on_device = {key: tensor if key == "step" else tensor.to(parameter.device) for key, tensor in state.items()}
-            optimizer.state[parameter] = on_device
+        optimizer.state[parameter] = {  # Adam counts its steps on the CPU
+            key: tensor if key == "step" else tensor.to(parameter.device) for key, tensor in state.items()
+        }
 
 
 def load(manifest: Manifest, wanted: Mapping[str, Tensor]) -> dict[str, ParameterState]:
@@ -280,10 +259,9 @@ def load(manifest: Manifest, wanted: Mapping[str, Tensor]) -> dict[str, Paramete
     """
     found: dict[str, Any] = {}
     for stage, file in enumerate(manifest.stages):
-        names = [name for name in file.parameters if name in wanted]
-        if names:
-            content = unpack(stage_file(manifest.folder, stage), file)
-            found |= {name: content[name] for name in names}
+        if wanted.keys() & file.parameters:
+            content = unpack(manifest.folder / f"stage_{stage}.pt", file)
+            found |= {name: content[name] for name in wanted.keys() & content.keys()}
     for name, like in wanted.items():
         for key, tensor in found.get(name, {"value": None}).items():
             expected = "a scalar float32" if key == "step" else describe(like)
@@ -327,8 +305,8 @@ def flat(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 
 def write_durably(path: Path, data: bytes) -> None:
     """After a crash, at whatever moment, the file is complete or not there; after the return it is on the disk."""
-    part = path.with_name(path.name + PART)
-    with open(part, "xb") as file:
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -369,21 +347,22 @@ def pack(parameters: Mapping[str, ParameterState]) -> bytes:
 
 def unpack(path: Path, file: StageFile) -> dict[str, ParameterState]:
     """The reverse of `pack`, with a check of everything. The bytes that are opened are those that were hashed."""
-    size = path.stat().st_size if path.is_file() else None
-    if size != file.size:
-        raise damaged(path, "is missing" if size is None else f"has {size} bytes instead of {file.size}")
-    data = path.read_bytes()
-    if sha256(data) != file.sha256:
-        raise damaged(path, f"was changed: its SHA-256 is {sha256(data)} instead of {file.sha256}")
-    if not data.startswith(b"PK"):  # torch would also read older forms, which are pickles from end to end
-        raise damaged(path, "is no file of torch.save")
+    data = read(path)
+    if (len(data), sha256(data)) != (file.size, file.sha256):
+        raise damaged(path, f"was changed: {len(data)} bytes, SHA-256 {sha256(data)}, not {file.size}, {file.sha256}")
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # which ones there are is not documented
-        raise damaged(path, f"does not hold tensors only, so it is not read: {str(error)[:500]}") from error
+    except Exception as error:  # of any kind; torch's own text would advise to let it run
+        raise damaged(path, f"holds more than tensors, perhaps code: not read ({type(error).__name__})") from None
     if not isinstance(content, dict) or list(content) != file.parameters or not all(map(is_state, content.values())):
         raise damaged(path, "is not the file of a stage that its manifest describes")
     return content
+
+
+def read(path: Path) -> bytes:
+    if not path.is_file():
+        raise damaged(path, "is missing")
+    return path.read_bytes()
 
 
 def is_state(value: Any) -> bool:
@@ -395,9 +374,7 @@ def is_state(value: Any) -> bool:
 def read_manifest(folder: Path) -> Manifest:
     """Raises CheckpointError unless it is to the last byte what `Manifest.to_json` gives."""
     path = folder / MANIFEST
-    if not path.is_file():
-        raise damaged(path, "is missing")
-    data = path.read_bytes()
+    data = read(path)
     try:
         content = json.loads(data)
         version, _ = content.pop("format"), content.pop("sha256")
@@ -405,9 +382,11 @@ def read_manifest(folder: Path) -> Manifest:
             raise CheckpointError(f"{path} has format {version}, this program knows {FORMAT}: resume with a newer one")
         stages = [StageFile(**entry) for entry in content.pop("stages")]
         manifest = Manifest(folder, stages=stages, **content)
-    except (LookupError, TypeError, AttributeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except CheckpointError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(path, f"is no manifest of a checkpoint ({type(error).__name__}: {error})") from error
-    if manifest.to_json() != data or manifest.step != step_of(folder.name):
+    if manifest.to_json() != data or manifest.step != step_of(folder):
         raise damaged(path, f"was changed: its hash is not the one that it names, or it is not of {folder.name}")
     return manifest
 
@@ -438,12 +417,8 @@ def attempt(what: str, function: Callable[..., None], *arguments: Any) -> str:
     return ""
 
 
-def stage_file(folder: Path, stage: int) -> Path:
-    return folder / f"stage_{stage}.pt"
-
-
-def step_of(folder_name: str) -> int:
-    return int(folder_name.removeprefix("step_"))
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
 
 
 def as_json(value: Any) -> bytes:

@@ -110,7 +110,8 @@ def draw_timelines(timelines: Sequence[Timeline]) -> Figure:
 def draw_lanes(axes: Axes, timeline: Timeline, longest: float) -> None:
     """The lanes of one timeline, on axes from 0 to `longest`."""
     lengths = (np.array(timeline.end) - np.array(timeline.start)) * PIXELS / longest
-    many = len(timeline) > MANY or np.median(lengths) < 1.0
+    computing = lengths[np.isin(timeline.kind, [ord(kind) for kind in COMPUTE])]
+    many = len(timeline) > MANY or (len(computing) > 0 and np.median(computing) < 1)
     for rank in range(timeline.num_ranks):
         axes.add_patch(Rectangle((0, rank - LANE / 2), timeline.makespan, LANE, facecolor=IDLE))
     for kind, corners in (shares(timeline) if many else boxes(timeline)).items():
@@ -125,14 +126,14 @@ def draw_lanes(axes: Axes, timeline: Timeline, longest: float) -> None:
         write_names(axes, timeline, longest)
 
 
-def boxes(timeline: Timeline) -> dict[str, np.ndarray]:
-    """For each kind that occurs the corners of its boxes: (boxes, 4, 2), one box per interval."""
+def boxes(timeline: Timeline) -> dict[str, list[np.ndarray]]:
+    """For each kind that occurs the corners, (4, 2), of one box per interval."""
     left, right = np.array(timeline.start), np.array(timeline.end)
     left, right = left - left.min(), right - left.min()
     top, bottom = np.array(timeline.rank) - LANE / 2, np.array(timeline.rank) + LANE / 2
     x, y = np.stack([left, left, right, right], axis=1), np.stack([top, bottom, bottom, top], axis=1)
     corners, kinds = np.stack([x, y], axis=2), np.array(timeline.kind)
-    return {kind: corners[kinds == ord(kind)] for kind in KINDS if ord(kind) in timeline.kind}
+    return {kind: list(corners[kinds == ord(kind)]) for kind in KINDS if ord(kind) in timeline.kind}
 
 
 def shares(timeline: Timeline) -> dict[str, list[np.ndarray]]:

@@ -7,6 +7,7 @@ precision and a small range, so that small gradients vanish unless the loss is s
 
 import statistics
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -17,11 +18,15 @@ PRECISIONS = ("fp32", "bf16", "fp16", "auto")
 LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def resolve(precision: str, device: str = "cpu") -> str:
+def resolve(precision: str, device: str = "cpu", work: Callable[[], object] | None = None) -> str:
     """The precision to train with: "fp32", "bf16" or "fp16".
 
-    "auto" decides between fp32 and bf16 by a small measurement: on CPUs without instructions for bfloat16 its products
-    are emulated and several times slower than those of float32.
+    "auto" decides between fp32 and bf16 by a small measurement. On CPUs without instructions for bfloat16 its products
+    are emulated and several times slower than those of float32; where they are fast, small products may still be slower
+    than in float32, because every operand is converted first.
+
+    Args:
+        work: what "auto" measures, a layer of the model for example; by default a matrix product.
 
     Raises:
         ValueError: for a name that is none, and for fp16 on a CPU.
@@ -30,12 +35,31 @@ def resolve(precision: str, device: str = "cpu") -> str:
         raise ValueError(f"unknown precision {precision!r}; there are {', '.join(PRECISIONS)}")
     if precision == "fp16" and torch.device(device).type == "cpu":
         raise ValueError(
-            "fp16 on a CPU: PyTorch computes its matrix products there without vector instructions, many times slower "
-            "than in fp32. Use bf16, fp32, or auto, which measures which of the two is faster here"
+            "fp16 on a CPU: PyTorch computes its matrix products many times slower there than those of fp32. Use bf16, "
+            "fp32, or auto, which measures which of the two is faster here"
         )
     if precision == "auto":
-        return "bf16" if time_of_product(torch.bfloat16, device) < time_of_product(torch.float32, device) else "fp32"
+        return "bf16" if low_precision_pays(work or product(device), device) else "fp32"
     return precision
+
+
+def low_precision_pays(work: Callable[[], object], device: str = "cpu", repetitions: int = 7) -> bool:
+    """Whether work is faster in bfloat16 than in float32, on one thread: medians of repetitions that take turns."""
+    seconds: dict[torch.dtype | None, list[float]] = {None: [], torch.bfloat16: []}
+    with one_thread():
+        for _ in range(1 + repetitions):
+            for dtype, times in seconds.items():
+                started = time.perf_counter()
+                with autocast(dtype, device):
+                    work()
+                times.append(time.perf_counter() - started)
+    return statistics.median(seconds[torch.bfloat16][1:]) < statistics.median(seconds[None][1:])
+
+
+def product(device: str = "cpu", size: int = 256) -> Callable[[], object]:
+    """A matrix product as something to measure."""
+    matrix = torch.ones(size, size, device=device)
+    return lambda: (matrix @ matrix)[0, 0].item()  # asking for a number waits until a GPU is done
 
 
 def autocast(dtype: torch.dtype | None, device: str = "cpu", enabled: bool = True) -> AbstractContextManager:
@@ -43,15 +67,3 @@ def autocast(dtype: torch.dtype | None, device: str = "cpu", enabled: bool = Tru
     if dtype is None:
         return nullcontext()
     return torch.autocast(torch.device(device).type, dtype, enabled=enabled)
-
-
-def time_of_product(dtype: torch.dtype, device: str = "cpu", size: int = 256, repetitions: int = 5) -> float:
-    """Seconds of one (size, size) matrix product on one thread: the median of `repetitions` after one to warm up."""
-    matrix = torch.ones(size, size, dtype=dtype, device=device)
-    seconds = []
-    with one_thread():
-        for _ in range(1 + repetitions):
-            started = time.perf_counter()
-            (matrix @ matrix)[0, 0].item()  # asking for a number waits until a GPU is done
-            seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[1:])

@@ -9,42 +9,38 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from course_utils.transports import PeerLost, TransferError, WaitTimeout, Worker, describe
+from course_utils.transports import Operation, PeerLost, TransferError, WaitTimeout, Worker, describe
 from course_utils.validity import QUEUES, check_model
+from course_utils.waits import RankState, Snapshot, Verdict, Wait, follow
 
 
 class Deadlock(TransferError):
-    """No rank can go on; the message names the circle of waits."""
+    """Ranks wait for each other in a circle, or for one that has ended: the message says who waits for whom."""
+
+    def __init__(self, message: str, verdict: Verdict | None = None):
+        super().__init__(message)
+        self.verdict = verdict
 
 
-class ThreadOperation:
-    """One side of a message: a send or a receive of one rank."""
+@dataclass(eq=False)
+class ThreadOperation(Operation):
+    """A send or receive between threads: done as soon as the other side is there and both may move."""
 
-    def __init__(self, kind: str, rank: int, peer: int, label: object, tensor: torch.Tensor, control: bool):
-        self.kind, self.rank, self.peer, self.label = kind, rank, peer, label
-        self.tensor, self.control, self.done = tensor, control, False
-        self.queue: deque[ThreadOperation] | None = None  # operations of this rank that move one after another
-
-    @property
-    def channel(self) -> tuple[int, int]:
-        return (self.rank, self.peer) if self.kind == "send" else (self.peer, self.rank)
+    done: bool = False
+    queue: "deque[ThreadOperation] | None" = None  # operations of this rank that move one after another
 
     @property
     def may_move(self) -> bool:
         return self.queue is None or self.queue[0] is self
 
-    def __str__(self) -> str:
-        if self.kind == "send":
-            return f"rank {self.rank} waits for rank {self.peer} to take {self.label}"
-        return f"rank {self.rank} waits for {self.label} from rank {self.peer}"
-
 
 class Switchboard:
-    """Matches the sends and receives of all ranks, and knows when nobody can go on."""
+    """Matches the sends and receives of all ranks, and knows as soon as one of them can never go on."""
 
     def __init__(self, world_size: int, queues: str, limit: float):
         check_model(queues)
@@ -53,13 +49,18 @@ class Switchboard:
         self.changed = threading.Condition()
         self.open: dict[tuple, dict[str, deque[ThreadOperation]]] = {}  # per channel: operations without a partner yet
         self.queues: dict[tuple[int, Hashable], deque[ThreadOperation]] = {}
+        self.actions = world_size * [""]  # what each rank computes, or did before it waited
+        self.since = world_size * [time.monotonic()]  # how long it has done so, or waited
         self.waits: dict[int, ThreadOperation] = {}  # what each blocked rank waits for
         self.ended: dict[int, BaseException | None] = {}
-        self.deadlock: str | None = None
+        self.noun = "stage"
+        self.deadlock: Verdict | None = None
         self.stopped = False
 
     def issue(self, operation: ThreadOperation) -> ThreadOperation:
         with self.changed:
+            if operation.noun != "stage":
+                self.noun = operation.noun
             sides = self.open.setdefault((operation.control, operation.channel), {"send": deque(), "recv": deque()})
             sides[operation.kind].append(operation)
             if self.queue_of is not None and not operation.control:
@@ -79,8 +80,8 @@ class Switchboard:
                 send, receive = sides["send"].popleft(), sides["recv"].popleft()
                 if send.tensor.shape != receive.tensor.shape or send.tensor.dtype != receive.tensor.dtype:
                     raise TransferError(
-                        f"rank {send.rank} sends {send.label} as {describe(send.tensor)}, "
-                        f"rank {receive.rank} expects {describe(receive.tensor)}"
+                        f"{self.noun} {send.rank} sends {send.label} as {describe(send.tensor)}, "
+                        f"{self.noun} {receive.rank} expects {describe(receive.tensor)}"
                     )
                 receive.tensor.copy_(send.tensor)
                 for side in (send, receive):
@@ -94,20 +95,27 @@ class Switchboard:
         give_up = time.monotonic() + self.limit
         with self.changed:
             self.waits[operation.rank] = operation
+            self.since[operation.rank] = time.monotonic()
+            what = f"{self.noun} {operation.rank} {operation.as_wait().text(self.noun)}"
             try:
                 while not operation.done:
-                    self.look_for_deadlock()
+                    self.look_for_deadlock(operation)
                     if self.deadlock:
-                        raise Deadlock(self.deadlock)
+                        raise Deadlock(str(self.deadlock), self.deadlock)
                     failed = [rank for rank, error in self.ended.items() if error is not None]
                     if failed:
-                        raise PeerLost(f"{operation}, but rank {failed[0]} failed")
+                        raise PeerLost(f"{what}, but {self.noun} {failed[0]} failed")
                     if self.stopped:
-                        raise PeerLost(f"{operation}, but the run was stopped")
+                        raise PeerLost(f"{what}, but the run was stopped")
                     if not self.changed.wait(max(0.0, give_up - time.monotonic())):
-                        raise WaitTimeout(f"{operation}: given up after {self.limit:g} s")
+                        raise WaitTimeout(f"{self.snapshot().verdict}; {what}: given up after {self.limit:g} s")
             finally:
                 del self.waits[operation.rank]
+                self.since[operation.rank] = time.monotonic()
+
+    def computing(self, rank: int, text: str) -> None:
+        with self.changed:
+            self.actions[rank], self.since[rank] = text, time.monotonic()
 
     def wait_for_an_end(self, seconds: float) -> bool:
         """Wait until something changes; whether all ranks have ended."""
@@ -115,14 +123,6 @@ class Switchboard:
             if len(self.ended) < self.world_size:
                 self.changed.wait(max(0.0, seconds))
             return len(self.ended) == self.world_size
-
-    def what_ranks_do(self) -> str:
-        """`rank 0 has ended; rank 1 waits for ...; rank 2 computes`"""
-        with self.changed:
-            states = {rank: f"rank {rank} computes" for rank in range(self.world_size)}
-            states |= {rank: str(operation) for rank, operation in self.waits.items()}
-            states |= {rank: f"rank {rank} has ended" for rank in self.ended}
-            return "; ".join(states.values())
 
     def stop(self) -> None:
         """End every rank at its next wait."""
@@ -136,38 +136,47 @@ class Switchboard:
             self.ended[rank] = error
             self.changed.notify_all()
 
-    def look_for_deadlock(self) -> None:
-        blocked = [operation for operation in self.waits.values() if not operation.done]
-        if self.deadlock is None and not any(self.ended.values()) and len(blocked) + len(self.ended) == self.world_size:
-            self.deadlock = self.describe_deadlock(min(blocked, key=lambda operation: operation.rank))
-            self.changed.notify_all()
+    def look_for_deadlock(self, operation: ThreadOperation) -> None:
+        """Follow who waits for whom from one operation on: into a circle, or to a rank that has ended without error."""
+        if self.deadlock is None and not any(self.ended.values()):
+            path, is_circle = follow(operation, self.needs)
+            if is_circle or (path[-1].peer in self.ended and not path[-1].done):
+                self.deadlock = self.snapshot().verdict
+                self.changed.notify_all()
 
-    def describe_deadlock(self, operation: ThreadOperation | None) -> str:
-        path: list[ThreadOperation] = []
-        reasons: list[str] = []
-        while operation is not None and operation not in path:
-            path.append(operation)
-            reason, operation = self.obstacle(operation)
-            reasons.append(reason)
-        if operation is None:
-            return "nobody can go on: " + "; ".join(reasons)
-        circle, reasons = path[path.index(operation) :], reasons[path.index(operation) :]
-        first = min(range(len(circle)), key=lambda i: (circle[i].rank, reasons[i]))  # whoever blocked first
-        return "deadlock: " + "; ".join(reasons[first:] + reasons[:first])
+    def needs(self, operation: ThreadOperation) -> ThreadOperation | None:
+        """The operation that has to be done before this one can be; None if there is none such."""
+        return None if operation.done else self.ahead_of(operation) or self.waits.get(operation.peer)
 
-    def obstacle(self, operation: ThreadOperation) -> tuple[str, ThreadOperation | None]:
-        """Why an operation does not move, and what must move first; None if its peer has ended."""
-        if operation.queue is not None and operation.queue[0] is not operation:
-            head = operation.queue[0]
-            return f"{operation}, behind another in its queue", head
-        other_side = "recv" if operation.kind == "send" else "send"
-        partners = self.open[operation.control, operation.channel][other_side]
-        if partners and partners[0].queue is not None and not partners[0].may_move:
-            head = partners[0].queue[0]
-            return f"{operation}, which is behind another in rank {operation.peer}'s queue", head
-        if operation.peer in self.ended:
-            return f"{operation}, but rank {operation.peer} has ended", None
-        return str(operation), self.waits.get(operation.peer)
+    def ahead_of(self, operation: ThreadOperation) -> ThreadOperation | None:
+        """The head of the queue that holds an operation up: its own queue, or that of the other side."""
+        sides = self.open[operation.control, operation.channel]
+        other_side = sides["recv" if operation.kind == "send" else "send"]
+        for held_up in (operation, sides[operation.kind][0], *list(other_side)[:1]):
+            if held_up.queue is not None and not held_up.may_move:
+                return held_up.queue[0]
+        return None
+
+    def snapshot(self) -> Snapshot:
+        """What all ranks do now."""
+        with self.changed:
+            now, waits = time.monotonic(), dict[ThreadOperation, Wait]()
+
+            def as_wait(operation: ThreadOperation) -> Wait:
+                if operation not in waits:
+                    waits[operation] = operation.as_wait(now - self.since[operation.rank])
+                    if operation.done:
+                        waits[operation].under_way = 0.0
+                    elif head := self.ahead_of(operation):
+                        waits[operation].ahead = as_wait(head)
+                return waits[operation]
+
+            states = []
+            for rank in range(self.world_size):
+                state = "ended" if rank in self.ended else "waiting" if rank in self.waits else "computing"
+                wait = as_wait(self.waits[rank]) if rank in self.waits else None
+                states.append(RankState(rank, state, self.actions[rank], now - self.since[rank], wait))
+            return Snapshot(states, self.noun, late_from=0.0)
 
 
 class ThreadTransport:
@@ -185,6 +194,9 @@ class ThreadTransport:
 
     def wait(self, operation: ThreadOperation) -> None:
         self.board.wait(operation)
+
+    def computing(self, text: str) -> None:
+        self.board.computing(self.rank, text)
 
 
 def run_in_threads(
@@ -206,7 +218,7 @@ def run_in_threads(
         on_event: called with (rank, event) for every `worker.emit(event)`, in the thread of the rank.
 
     Raises:
-        Deadlock: as soon as no rank can go on.
+        Deadlock: as soon as a rank can never go on.
         WaitTimeout: a limit was passed.
         Exception: whatever the function raised first; the other ranks are stopped at their next wait.
     """
@@ -237,7 +249,7 @@ def run_in_threads(
             if errors:
                 give_up = min(give_up, time.monotonic() + LAST_SECONDS)
             if not board.wait_for_an_end(min(0.05, give_up - time.monotonic())) and time.monotonic() > give_up:
-                errors.append(WaitTimeout(f"given up: {board.what_ranks_do()}"))
+                errors.append(WaitTimeout(f"given up after {run_limit:g} s (run_limit): {board.snapshot()}"))
                 break
     finally:
         board.stop()

@@ -22,6 +22,7 @@ from course_utils.stages import CutModel, Stage, one_thread
 from course_utils.threads import run_in_threads
 from course_utils.timeline import Timeline, merge
 from course_utils.transfer import StepAgreement, agree
+from course_utils.transformer import EncoderLayer, block_builders
 from course_utils.transports import Worker
 from course_utils.validity import validate
 
@@ -72,6 +73,21 @@ def micro_batches_of(config: TrainingConfig, numbers: tuple[int, ...], step: int
     """The micro-batches of a step: every rank makes the same ones."""
     whole = batch(numbers, seed=config.seed, step=step, size=config.batch_size)
     return whole.split(config.micro_batches, trim=config.trim_padding)
+
+
+def with_precision(config: TrainingConfig) -> TrainingConfig:
+    """The configuration with "auto" decided: by a layer of its model on a micro-batch as it will be."""
+    if config.precision != "auto":
+        return config
+    micro_batch = micro_batches_of(config, tuple(range(config.highest, config.highest - config.batch_size, -1)), 0)[0]
+    layer = next(b for b in block_builders(config.model) if b.kind is EncoderLayer).build(config.seed)
+    hidden = torch.ones(micro_batch.rows, micro_batch.source_length, config.model.d_model, requires_grad=True)
+
+    def forward_and_backward() -> None:
+        result, _ = layer((hidden, None), micro_batch, None)
+        result.sum().backward()
+
+    return replace(config, precision=resolve(config.precision, work=forward_and_backward))
 
 
 class TrainingState:
@@ -204,12 +220,8 @@ def train(
     if schedule is None:
         schedule = SCHEDULES[config.schedule](config.stages, config.micro_batches)
         schedule = rematerialise(schedule, config.rematerialisation)
-    config = replace(
-        config,
-        stages=schedule.num_stages,
-        micro_batches=schedule.num_micro_batches,
-        precision=resolve(config.precision),
-    )
+    config = replace(config, stages=schedule.num_stages, micro_batches=schedule.num_micro_batches)
+    config = with_precision(config)
     validate(schedule)
     steps: list[Step] = []
 
@@ -243,7 +255,7 @@ def train_on_one_device(config: TrainingConfig) -> TrainingResult:
 
 def plain_loop(config: TrainingConfig) -> TrainingResult:
     """`train_on_one_device` on as many threads as torch is set to."""
-    config = replace(config, precision=resolve(config.precision))
+    config = with_precision(config)
     low_precision = LOW_PRECISION.get(config.precision)
     model = config.cut.build(0, config.seed)
     state = TrainingState(config, [model], config.cut.parameter_names)

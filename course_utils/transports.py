@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from course_utils.waits import Wait, noun_for
+
 
 class TransferError(RuntimeError):
     """A message could not be sent or received."""
@@ -31,20 +33,45 @@ def describe(tensor: Any) -> str:
     return f"{'x'.join(map(str, tensor.shape)) or 'a scalar'} {str(tensor.dtype).removeprefix('torch.')}"
 
 
-class StatusBlock(Protocol):
-    """Where a rank writes down what it is doing, so that its caller can read it even while the rank is stuck."""
+@dataclass(eq=False)
+class Operation:
+    """One side of a message: a send or a receive of one rank."""
 
-    def waiting(self, text: str) -> None: ...
+    kind: str  # "send" or "recv"
+    rank: int
+    peer: int
+    label: object
+    tensor: torch.Tensor
+    control: bool
+    work: Any = None  # torch forgets to deliver a message whose `work` nobody keeps
+    number: int = 0  # of the operations of its kind to or from this peer: the partner has the same number there
 
-    def running(self, text: str = "") -> None: ...
+    @property
+    def channel(self) -> tuple[int, int]:
+        """The two ranks, sender first."""
+        return (self.rank, self.peer) if self.kind == "send" else (self.peer, self.rank)
+
+    @property
+    def noun(self) -> str:
+        return noun_for(self.label, *self.channel)
+
+    def as_wait(self, seconds: float = 0.0) -> Wait:
+        return Wait(self.rank, self.peer, str(self.label), self.kind == "send", seconds)
 
 
-class NoStatus:
-    """A status block that nobody reads."""
+class StatusBlock:
+    """Where a rank writes down what it is doing.
 
-    def waiting(self, text: str) -> None: ...
+    Nobody reads this one. That of `_status_file` the caller reads, even while the rank is stuck.
+    """
 
-    def running(self, text: str = "") -> None: ...
+    def issued(self, operation: Operation) -> None: ...
+
+    def waiting(self, operation: Operation) -> None: ...
+
+    def gave_up(self, operation: Operation) -> None: ...
+
+    def computing(self, text: str | None = None) -> None: ...
 
 
 class Transport(Protocol):
@@ -71,6 +98,9 @@ class Transport(Protocol):
     def wait(self, operation: Any) -> None:
         """Wait until an operation is through. Raises WaitTimeout, PeerLost, or in threads Deadlock."""
 
+    def computing(self, text: str) -> None:
+        """Say what this rank does from now on, between its waits, "B of micro-batch 5": for whoever waits for it."""
+
 
 @dataclass
 class Worker:
@@ -80,22 +110,6 @@ class Worker:
     world_size: int
     transport: Transport
     emit: Callable[[Any], None]  # sends a small value to the caller, live
-
-
-@dataclass
-class Operation:
-    """A send or receive under way. torch forgets to deliver a message whose `work` nobody keeps."""
-
-    kind: str
-    peer: int
-    label: object
-    work: Any
-    tensor: torch.Tensor
-
-    def __str__(self) -> str:
-        if self.kind == "recv":
-            return f"{self.label} from rank {self.peer}"
-        return f"rank {self.peer} to take {self.label}"
 
 
 class TorchTransport:
@@ -115,7 +129,7 @@ class TorchTransport:
         limit: float = 60.0,
     ):
         self.rank, self.world_size, self.data_group, self.limit = rank, world_size, data_group, limit
-        self.status = status or NoStatus()
+        self.status = status or StatusBlock()
 
     def isend(self, tensor: torch.Tensor, peer: int, label: object, control: bool = False) -> Operation:
         return self.begin("send", dist.isend, tensor, peer, label, control)
@@ -127,21 +141,31 @@ class TorchTransport:
         self, kind: str, start: Callable, tensor: torch.Tensor, peer: int, label: object, control: bool
     ) -> Operation:
         """Raises PeerLost if gloo knows already that the connection is closed."""
+        operation = Operation(kind, self.rank, peer, label, tensor, control)
         try:
-            work = start(tensor, peer, group=None if control else self.data_group)
+            operation.work = start(tensor, peer, group=None if control else self.data_group)
         except RuntimeError as error:
             if "transport" not in str(error):  # a fault of the tensor
                 raise
-            verb = "send" if kind == "send" else "receive"
-            raise PeerLost(f"rank {self.rank} had lost rank {peer} before it could {verb} {label}") from error
-        return Operation(kind, peer, label, work, tensor)
+            self.status.issued(operation)
+            self.status.gave_up(operation)
+            before = f"before it could {'send' if kind == 'send' else 'receive'} {label}"
+            raise PeerLost(f"{operation.noun} {self.rank} had lost {operation.noun} {peer} {before}") from error
+        self.status.issued(operation)
+        return operation
 
     def wait(self, operation: Operation) -> None:
-        self.status.waiting(str(operation))
+        self.status.waiting(operation)
         try:
             operation.work.wait()
         except RuntimeError as error:
+            self.status.gave_up(operation)
+            noun, wait = operation.noun, operation.as_wait()
             if "timed out" in str(error).lower() or "timeout" in str(error).lower():
-                raise WaitTimeout(f"rank {self.rank} waited {self.limit:g} s for {operation}") from error
-            raise PeerLost(f"rank {self.rank} lost rank {operation.peer} while it waited for {operation}") from error
-        self.status.running()
+                raise WaitTimeout(f"{noun} {self.rank} {wait.text(noun, f'waited {self.limit:g} s')}") from error
+            what = f"while it {wait.text(noun, 'waited')}"
+            raise PeerLost(f"{noun} {self.rank} lost {noun} {operation.peer} {what}") from error
+        self.status.computing()
+
+    def computing(self, text: str) -> None:
+        self.status.computing(text)

@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
 from course_utils import commands, reference
 from course_utils.commands import main
+from course_utils.recipes import RECIPES
 
 TRAIN = ["train", "--steps", "2", "--batch-size", "16", "--micro-batches", "4"]
 
@@ -31,6 +33,25 @@ def test_train_writes_its_result(tmp_path, capsys):
     assert "held-out numbers exactly right" in capsys.readouterr().out
 
 
+def test_options_replace_fields_of_the_recipe(tmp_path, monkeypatch):
+    configs = []
+
+    def stop(config, **options):
+        configs.append(config)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(commands, "train", stop)
+    main(["train"])
+    main(
+        ["train", "--recipe", "article", "--precision", "bf16", "--rematerialisation", "always", "--wire-dtype", "bf16"]
+    )
+    main(["train", "--recipe", "article", "--seed", "0", "--steps", "7"])
+    article = RECIPES["article"]
+    assert configs[0] == RECIPES["default"]
+    assert configs[1] == replace(article, precision="bf16", rematerialisation="always", wire_dtype="bf16")
+    assert configs[2] == replace(article, steps=7)
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -38,6 +59,7 @@ def test_train_writes_its_result(tmp_path, capsys):
         (["--stages", "99"], "8 blocks into 99 stages"),
         (["--micro-batches", "1000"], "micro-batches is 1000"),
         (["--steps", "-3"], "steps is -3"),
+        (["--precision", "fp16"], "fp16 on a CPU"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, capsys, arguments, named):

@@ -2,9 +2,11 @@
 
 import base64
 import io
+import itertools
 import re
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -15,10 +17,11 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from course_utils import plots
-from course_utils.plots import describe_curve, describe_timeline, draw_curve, draw_timeline, show
-from course_utils.schedules import gpipe, looped, one_f_one_b
+from course_utils.plots import describe_curve, describe_timeline, draw_curve, draw_timeline, draw_timelines, show
+from course_utils.schedules import gpipe, looped, naive, one_f_one_b, rematerialise
 from course_utils.simulation import simulate
-from course_utils.timeline import Timeline
+from course_utils.timeline import COMPUTE, KINDS, Interval, Timeline
+from tests.test_timeline import a_million, recorded, with_everything
 
 
 @pytest.fixture
@@ -86,10 +89,10 @@ def test_pyplot_is_not_used() -> None:
 # --- Timelines --------------------------------------------------------------------------------------------------
 
 
-def boxes_of(figure: Figure) -> dict[tuple[float, float, float], PolyCollection]:
-    """{(middle of the lane, start, end): the collection that holds the box}"""
+def boxes_of(figure: Figure, number: int = 0) -> dict[tuple[float, float, float], PolyCollection]:
+    """{(middle of the lane, start, end): the collection that holds the box}, of one picture of a figure"""
     found = {}
-    for collection in figure.axes[0].collections:
+    for collection in figure.axes[number].collections:
         assert isinstance(collection, PolyCollection)
         for path in collection.get_paths():
             (left, low), (right, high) = path.vertices.min(axis=0), path.vertices.max(axis=0)
@@ -97,14 +100,19 @@ def boxes_of(figure: Figure) -> dict[tuple[float, float, float], PolyCollection]
     return found
 
 
-def test_each_interval_is_a_box_in_the_lane_of_its_rank() -> None:
-    timeline = simulate(one_f_one_b(3, 4), 1, 2, 0.5)
+def zero_based(timeline: Timeline) -> list[Interval]:
+    first = min(timeline.start)
+    return [interval._replace(start=interval.start - first, end=interval.end - first) for interval in timeline]
+
+
+@pytest.mark.parametrize("timeline", [simulate(one_f_one_b(3, 4), 1, 2, 0.5), recorded(), with_everything()])
+def test_each_interval_is_a_box_in_the_lane_of_its_rank(timeline: Timeline) -> None:
     boxes = boxes_of(draw_timeline(timeline))
-    assert set(boxes) == {(i.rank, i.start, i.end) for i in timeline}
-    for interval in timeline:
-        box = boxes[interval.rank, interval.start, interval.end]
-        assert (box.get_hatch() is not None) == (interval.kind == "B")
-        assert tuple(box.get_facecolor()[0][:3]) == to_rgb(plots.STYLES[interval.kind]["facecolor"])
+    assert set(boxes) == {(i.rank, i.start, i.end) for i in zero_based(timeline)}
+    for interval in zero_based(timeline):
+        box, style = boxes[interval.rank, interval.start, interval.end], plots.STYLES[interval.kind]
+        assert box.get_hatch() == style.get("hatch")
+        assert tuple(box.get_facecolor()[0][:3]) == to_rgb(style["facecolor"])
 
 
 def test_the_clock_of_the_picture_starts_at_zero() -> None:
@@ -133,8 +141,115 @@ def lightness(color: str) -> float:
 
 
 def test_names_can_be_read_on_their_boxes() -> None:
-    for style in plots.STYLES.values():
-        assert (lightness(style["facecolor"]) + 0.05) / 0.05 > 7  # black text
+    for kind in COMPUTE:
+        assert (lightness(plots.STYLES[kind]["facecolor"]) + 0.05) / 0.05 > 7  # black text
+
+
+def test_kinds_are_told_apart_without_colour() -> None:
+    """By their hatching, or by being light or dark."""
+    looks = [(style.get("hatch"), lightness(style["facecolor"]) > 0.2) for style in plots.STYLES.values()]
+    assert list(plots.STYLES) == list(KINDS) and len(set(looks)) == len(KINDS)
+
+
+def test_the_legend_has_what_occurs() -> None:
+    def legend(*timelines: Timeline) -> list[str]:
+        return [text.get_text() for text in draw_timelines(timelines).legends[0].get_texts()]
+
+    busy = simulate(gpipe(1, 2))
+    assert legend(busy) == ["forward", "backward"]
+    assert legend(simulate(rematerialise(gpipe(1, 2), "always"))) == ["forward", "backward", "recompute"]
+    assert legend(with_everything()) == [*KINDS.values(), "idle"]
+    assert legend(busy, recorded()) == ["forward", "backward", "idle"]
+
+
+def test_timelines_below_each_other() -> None:
+    """With one unit they have one scale, and the shorter one is not idle after its end."""
+    long, short = recorded(), simulate(gpipe(3, 2))
+    short.unit = long.unit
+    figure = draw_timelines([long, short])
+    assert [axes.get_title() for axes in figure.axes] == ["made by hand", short.label]
+    assert [axes.get_xlim() for axes in figure.axes] == [(0, 8), (0, 8)]
+    assert set(boxes_of(figure, 1)) == {(i.rank, i.start, i.end) for i in short}
+    for axes, timeline in zip(figure.axes, [long, short], strict=True):
+        assert [patch.get_x() + patch.get_width() for patch in axes.patches] == [timeline.makespan] * timeline.num_ranks
+    short.unit = "units of time"
+    figure = draw_timelines([long, short, long])
+    assert [axes.get_xlim()[1] for axes in figure.axes] == [8, short.makespan, 8]
+    assert [axes.get_xlabel() for axes in figure.axes] == ["s", "units of time", "s"]
+    with pytest.raises(ValueError, match="nothing to draw"):
+        draw_timelines([])
+
+
+# --- Many intervals ---------------------------------------------------------------------------------------------
+
+
+def heights(figure: Figure, rank: int) -> dict[tuple, list[float]]:
+    """For each look the height of its outline in this lane, column by column."""
+    found = {}
+    for collection in figure.axes[0].collections:
+        for path in collection.get_paths():
+            corners = path.vertices[:-1]
+            down, up = np.split(corners[:, 1], 2)
+            if rank - 0.5 < down[0] <= rank + 0.5:
+                look = (collection.get_hatch(), tuple(collection.get_facecolor()[0][:3]))
+                found[look] = (down - up[::-1])[::2].tolist()
+    return found
+
+
+def look(kind: str) -> tuple:
+    return plots.STYLES[kind].get("hatch"), to_rgb(plots.STYLES[kind]["facecolor"])
+
+
+def test_more_intervals_than_can_be_seen_are_drawn_as_shares_of_the_time() -> None:
+    timeline = simulate(rematerialise(gpipe(2, 1600), "except_last"), [3, 1], [1, 5])
+    assert len(timeline) > plots.MANY
+    figure = draw_timeline(timeline)
+    edges = np.linspace(0, timeline.makespan, plots.COLUMNS + 1)
+    for rank in range(2):
+        found = heights(figure, rank)
+        assert set(found) == {look(kind) for kind in "FBR"}
+        for kind in "FBR":
+            mine = [i for i in timeline if (i.rank, i.kind) == (rank, kind)]
+            for column in (0, 1, 37, 80, 120, 159):
+                low, high = edges[column : column + 2]
+                inside = sum(max(0.0, min(i.end, high) - max(i.start, low)) for i in mine)
+                assert found[look(kind)][column] == pytest.approx(0.8 * inside / (high - low), abs=1e-6)
+    assert figure.axes[0].get_xlabel() == "units of time (heights: shares of the time)"
+    assert not figure.axes[0].texts
+
+
+def test_narrow_boxes_are_drawn_as_shares_and_wide_ones_are_not() -> None:
+    def is_in_shares(*timelines: Timeline) -> bool:
+        return "shares" in draw_timelines(timelines).axes[0].get_xlabel()
+
+    assert not is_in_shares(simulate(one_f_one_b(8, 32))) and is_in_shares(simulate(naive(4, 200)))
+    measured = simulate(gpipe(2, 10))
+    for i in range(100):  # short waits and sends do not count
+        measured.add(0, "ws"[i % 2], 0, 0, 50 + i / 1000, 50 + (i + 1) / 1000)
+    assert not is_in_shares(measured)
+    short = simulate(gpipe(1, 10), 0.001, 0.001)
+    assert is_in_shares(short, measured) and not is_in_shares(short)  # beside a long one it is only a dot
+
+
+def test_thin_boxes_have_no_edges() -> None:
+    timeline = Timeline(1, "made by hand")
+    for kind, start, end in (("F", 0, 10), ("F", 10, 10.01), ("s", 10.01, 20), ("F", 20, 40)):
+        timeline.add(0, kind, 0, 0, start, end)
+    forward, send = draw_timeline(timeline).axes[0].collections
+    assert [bool(width) for width in forward.get_linewidths()] == [True, False, True]
+    assert not any(send.get_linewidths())
+
+
+def test_a_million_intervals_are_drawn_and_told() -> None:
+    """Usually within 1.5 s; the limit says that it hung."""
+    timeline, started = a_million(), time.perf_counter()
+    figure = draw_timeline(timeline)
+    FigureCanvasAgg(figure).draw()
+    assert "micro-batches: 125000" in describe_timeline(timeline)
+    assert time.perf_counter() - started < 20
+    assert sum(len(collection.get_paths()) for collection in figure.axes[0].collections) == 5 * 8
+    shares = list(itertools.chain.from_iterable(heights(figure, 7).values()))
+    assert shares == pytest.approx([0.8 * 0.9 / 5] * len(shares), rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -177,6 +292,19 @@ def test_the_sentence_of_a_timeline() -> None:
     )
     sentence = describe_timeline(simulate(gpipe(2, 2), [1, 2], [1, 2]))
     assert "makespan: 10 units of time. Ranks 0 to 1 compute 40%, 80% of that time." in sentence
+
+
+def test_the_sentence_of_a_recording() -> None:
+    assert describe_timeline(with_everything()) == (
+        "Timeline (made by hand). Ranks: 2, micro-batches: 1, makespan: 16 s. Ranks 0 to 1 compute 50%, 38% of that "
+        "time. Of the time of all ranks: recompute 6.2%, wait for data 32.8%, send 2.3%. "
+        "The bubble is 56.2% of the total time, which is 128.6% of the ideal time."
+    )
+    waiting = Timeline(1, "made by hand")
+    waiting.add(0, "w", 0, 0, 0.0, 2.0)
+    assert describe_timeline(waiting).endswith(
+        "computes 0% of that time. Of the time of all ranks: wait for data 100.0%."
+    )
 
 
 def test_an_empty_timeline_is_told_but_not_drawn() -> None:

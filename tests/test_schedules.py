@@ -2,9 +2,11 @@
 
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from schedule_strategies import any_valid_schedule, looped_schedules, named_schedules, random_schedules, sizes
 
 from course_utils.schedules import (
+    POLICIES,
     SCHEDULES,
     Action,
     Message,
@@ -16,6 +18,7 @@ from course_utils.schedules import (
     naive,
     one_f_one_b,
     parse,
+    rematerialise,
 )
 from course_utils.simulation import peak_stash, simulate, staircase
 from course_utils.validity import validate
@@ -236,3 +239,38 @@ def test_an_indented_text_has_no_rank_too_many():
         1F0,1B0
         """
     assert parse(text) == gpipe(2, 1)
+
+
+# --- Re-materialisation ----------------------------------------------------------------------------------------------
+
+
+@given(any_valid_schedule(), st.sampled_from(POLICIES))
+def test_recomputation_stands_directly_before_its_backward(schedule: Schedule, policy: str) -> None:
+    recomputing = rematerialise(schedule, policy)
+    assert validate(recomputing).num_micro_batches == schedule.num_micro_batches
+    last = schedule.num_micro_batches - 1
+    for row, original in zip(recomputing.actions, schedule.actions, strict=True):
+        assert [action for action in row if action.kind != "R"] == list(original)
+        for i, action in enumerate(row):
+            if action.kind == "B":
+                wanted = policy == "always" or (policy == "except_last" and action.micro_batch != last)
+                assert (row[i - 1] == action._replace(kind="R")) == wanted
+        if policy != "never":
+            assert {a.micro_batch for a in row if a.kind == "R"} == set(range(last + (policy == "always"))) or not row
+
+
+@given(any_valid_schedule())
+def test_recomputation_sends_nothing_and_vanishes_in_evaluation(schedule: Schedule) -> None:
+    recomputing = rematerialise(schedule, "always")
+    assert recomputing.channels == schedule.channels
+    assert forward_only(recomputing) == forward_only(schedule)
+    assert parse(recomputing.to_text(), schedule.rank_of_stage) == recomputing
+
+
+def test_the_text_of_a_recomputing_schedule() -> None:
+    assert rematerialise(gpipe(1, 2), "except_last").to_text() == "0F0,0F1,0R0,0B0,0B1"
+
+
+def test_a_policy_that_does_not_exist() -> None:
+    with pytest.raises(ValueError, match="'sometimes' of re-materialisation; there are never, always, except_last"):
+        rematerialise(gpipe(2, 2), "sometimes")

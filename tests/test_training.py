@@ -5,11 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from course_utils import precision
 from course_utils.number_words import END
 from course_utils.optimization import Noam
 from course_utils.processes import StageError
-from course_utils.schedules import Schedule, gpipe, looped
+from course_utils.schedules import Schedule, gpipe, looped, one_f_one_b, rematerialise
 from course_utils.threads import run_in_threads
+from course_utils.timeline import COMPUTE, Timeline
 from course_utils.training import TrainingConfig, answer, train, train_on_one_device
 from course_utils.validity import NotAscending
 from tests.models import TINY_RUN
@@ -103,6 +105,11 @@ def test_a_gradient_that_is_not_finite_on_one_stage_skips_the_step_everywhere(mo
         ({"max_norm": 0}, "max_norm is 0"),
         ({"warm_up": 0}, "warm_up is 0"),
         ({"learning_rate_factor": -1}, "factor is -1"),
+        ({"precision": "fp8"}, "'fp8'; there are fp32, bf16, fp16, auto"),
+        ({"precision": "fp16"}, "fp16 on a CPU.*many times slower.*Use bf16, fp32, or auto"),
+        ({"loss_scale": 0}, "scale is 0"),
+        ({"rematerialisation": "often"}, "'often'; there are never, always, except_last"),
+        ({"wire_dtype": "int8"}, "'int8'; there are None, bf16, fp16"),
         ({"batch_size": 201}, "batch_size is 201, more than the 200 numbers"),
     ],
 )
@@ -153,3 +160,54 @@ def test_the_default_recipe_learns_to_read_numbers():
     assert len(result.answers) == 500
     assert result.exact_match >= 0.98
     assert result.seconds < 300
+
+
+# --- Timelines, precision, re-materialisation -------------------------------------------------------------------------
+
+
+def order_of(timeline: Timeline, rank: int) -> list[str]:
+    return [f"{i.stage}{i.kind}{i.micro_batch}" for i in timeline if i.rank == rank and i.kind in COMPUTE]
+
+
+@pytest.mark.parametrize("policy", ["never", "always"])
+@pytest.mark.parametrize("make", [gpipe, one_f_one_b])
+def test_the_steps_asked_for_are_recorded(make, policy):
+    schedule = rematerialise(make(3, 4), policy)
+    result = train(replace(TINY_RUN, steps=4), schedule, run=run_in_threads, record=(1, 3))
+    assert list(result.timelines) == [1, 3]
+    timeline = result.timelines[3]
+    assert (timeline.num_ranks, timeline.label, timeline.unit) == (3, "measured", "seconds")
+    for rank in range(3):
+        assert order_of(timeline, rank) == [str(action) for action in schedule.actions[rank]]
+    messages = [m for channel in schedule.channels.values() for m in channel]
+    assert sum(interval.kind == "w" for interval in timeline) == len(messages) == 2 * 2 * 4
+    assert sum(interval.kind == "s" for interval in timeline) == len(messages) + 3  # and what is left at the end
+    assert result.fingerprint == train_on_one_device(replace(TINY_RUN, steps=4, micro_batches=4)).fingerprint
+
+
+def test_what_is_computed_twice_is_computed_twice_on_the_timeline():
+    """Recomputation does not wait for the gradient: it begins when the action before it has ended."""
+    schedule = rematerialise(gpipe(2, 3), "always")
+    timeline = train(TINY_RUN, schedule, run=run_in_threads, record=[0]).timelines[0]
+    first = {i.kind: i for i in reversed(list(timeline)) if (i.rank, i.micro_batch) == (0, 0)}
+    assert first["F"].end < first["R"].start < first["R"].end <= first["w"].start <= first["w"].end <= first["B"].start
+
+
+def test_nothing_is_recorded_unasked():
+    assert train(TINY_RUN, run=run_in_threads).timelines == {}
+
+
+def test_auto_is_decided_before_anything_starts(monkeypatch):
+    for answer_of_the_measurement, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(precision, "low_precision_pays", lambda work, device, pays=answer_of_the_measurement: pays)
+        result = train(replace(TINY_RUN, precision="auto"), run=run_in_threads)
+        assert result.config.precision == expected
+        assert result.fingerprint == train_on_one_device(replace(TINY_RUN, precision=expected)).fingerprint
+
+
+def test_the_loss_scale_is_reported_and_changes_no_bit():
+    config = replace(TINY_RUN, loss_scale=256.0)
+    result = train(config, run=run_in_threads)
+    assert [step.loss_scale for step in result.steps] == [256.0] * 3
+    assert result.fingerprint == train_on_one_device(TINY_RUN).fingerprint
+    assert [step.gradient_norm for step in result.steps] == [s.gradient_norm for s in train_on_one_device(config).steps]

@@ -17,6 +17,7 @@ from course_utils.schedules import (
     looped,
     one_f_one_b,
     parse,
+    rematerialise,
 )
 from course_utils.validity import (
     QUEUES,
@@ -412,3 +413,53 @@ def test_a_schedule_that_hangs_has_no_posting_plan() -> None:
     crossed = parse(ALL_FAULTS[1][1].replace("|", "\n"))
     with pytest.raises(Cycle, match="no posting plan"):
         posting_plan(crossed, 0)
+
+
+# --- Re-materialisation ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "text", "says"),
+    [
+        (None, "0F0,0F1,0R0,0B0,0B1", ""),
+        (None, "0F0,0F1,0R1,0B0,0B1", ""),  # early is allowed, it only keeps more
+        (BackwardBeforeForward, "0R0,0F0,0B0", "0R0 comes before 0F0"),
+        (BackwardBeforeForward, "0F0,0B0,0R0", "0B0 comes before 0R0"),
+        (DuplicateAction, "0F0,0R0,0R0,0B0", "0R0 appears 2 times"),
+        (NotAscending, "0F0,0F1,0R1,0R0,0B0,0B1", "0R1 comes before 0R0"),
+        (WrongRank, "0F0,0F1,0R2,0B0,0B1", "0R2 is on rank 0, but the step has"),
+        (WrongRank, "0F0,0F1,1R0,0B0,0B1", "1R0 is on rank 0, but the step has"),
+    ],
+)
+def test_recomputation_has_its_place(error: type[ScheduleError] | None, text: str, says: str) -> None:
+    num_micro_batches = text.count("F")
+    schedule = Schedule(num_micro_batches, (0,), parse(text, [0]).actions)
+    if error is None:
+        validate(schedule)
+    else:
+        with pytest.raises(error, match=says):
+            validate(schedule)
+
+
+def test_recomputation_on_another_rank() -> None:
+    with pytest.raises(WrongRank, match="0R0 is on rank 1, but rank 0 holds stage 0"):
+        validate(parse("0F0,0B0\n1F0,0R0,1B0", [0, 1]))
+
+
+def test_evaluation_recomputes_nothing() -> None:
+    with pytest.raises(WrongRank, match="0R0 is on rank 0.*the kinds F"):
+        validate(parse("0F0,0R0"), forward_only=True)
+
+
+@given(any_valid_schedule())
+def test_recomputation_does_not_change_when_receives_are_posted(schedule: Schedule) -> None:
+    """A receive for the backward is posted by the action whose send comes first, not by the recomputation."""
+    recomputing = rematerialise(schedule, "always")
+    for rank in range(schedule.num_ranks):
+        plain, recomputed = posting_plan(schedule, rank), posting_plan(recomputing, rank)
+
+        def by_action(plan, row):
+            return {row[i - 1] if i else None: messages for i, messages in plan.posted_at.items()}
+
+        assert by_action(plain, schedule.actions[rank]) == by_action(recomputed, recomputing.actions[rank])
+        assert plain.acknowledged_by == recomputed.acknowledged_by
