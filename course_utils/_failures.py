@@ -17,6 +17,7 @@ class Failure:
     summary: str
     traceback: str = ""
     at: float = field(default_factory=time.monotonic)  # seconds
+    how: str = ""  # it died, in a few words
 
     @property
     def distance(self) -> tuple[int, float]:
@@ -32,16 +33,14 @@ class RunEnded(Exception):
         self.failure = failure
 
 
-def describe_death(exit_code: int | None) -> str:
-    if exit_code is not None and exit_code < 0:
-        try:
-            name = signal.Signals(-exit_code).name
-        except ValueError:
-            name = f"signal {-exit_code}"
-        hint = "; the system does so when memory runs out" if name == "SIGKILL" else ""
-        return f"its process was killed by {name}{hint}"
-    return f"its process ended with exit code {exit_code} before it had a result, and without an exception"
-
-
-def name_stages(ranks: list[int]) -> str:
-    return ("stage " if len(ranks) == 1 else "stages ") + ", ".join(map(str, ranks))
+def death(rank: int, exit_code: int | None) -> Failure:
+    """The failure of a stage whose process ended without a word."""
+    if exit_code is None or exit_code >= 0:
+        summary = f"its process ended with exit code {exit_code} before it had a result, and without an exception"
+        return Failure("died", rank, summary, how=f"exit code {exit_code}")
+    try:
+        name = signal.Signals(-exit_code).name
+    except ValueError:
+        name = f"signal {-exit_code}"
+    hint = "; the system does so when memory runs out" if name == "SIGKILL" else ""
+    return Failure("died", rank, f"its process was killed by {name}{hint}", how=f"killed by signal {-exit_code}")

@@ -13,17 +13,18 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import Pipe
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from course_utils import _pipes, _server, _status_file, _surroundings, _worker
+from course_utils import _pipes, _server, _stacks, _stage_view, _status_file, _surroundings, _worker
 from course_utils._by_value import Parcel
-from course_utils._failures import PATIENCE, Failure, RunEnded, describe_death, name_stages
+from course_utils._failures import PATIENCE, Failure, RunEnded, death
+from course_utils._stage_view import Stage
+from course_utils.waits import RankState, Snapshot, names
 
 LONGEST_LINE = 16_384  # bytes; a longer one is shown in pieces
 SECONDS_TO_END = 2.0  # for a worker that has been released or killed
@@ -43,30 +44,11 @@ class Options:
     method: str | None = None
 
 
-@dataclass
-class Stage:
-    """The caller's view of a worker."""
-
-    rank: int
-    process: BaseProcess
-    control: Connection
-    output: Connection
-    messages: _pipes.Messages = field(default_factory=_pipes.Messages)
-    line: bytes = b""
-    is_ready: bool = False
-    result: list = field(default_factory=list)  # the one result, once it is there
-    failure: Failure | None = None
-
-    @property
-    def has_reported(self) -> bool:
-        return bool(self.result) or self.failure is not None
-
-
 class Watcher:
     """Starts, watches and ends the workers of a run; `done` is set when nothing of them is left.
 
-    Afterwards either `results` has one value per rank, or `failure` says why not and `others` what followed from it; an
-    error of the caller's own callbacks is in `error`.
+    Afterwards either `results` has one value per rank, or `failure` says why not, `others` what followed from it and
+    `last` what all stages did then; an error of the caller's own callbacks is in `error`.
     """
 
     def __init__(self, parcel: Parcel, world_size: int, options: Options):
@@ -83,6 +65,8 @@ class Watcher:
         self.sender: threading.Thread | None = None
         self.results: list = []
         self.failure: Failure | None = None
+        self.at_first_failure: Snapshot | None = None
+        self.last: Snapshot | None = None
         self.others: list[str] = []
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self.run, name="watch over stages", daemon=True)
@@ -98,7 +82,7 @@ class Watcher:
         try:
             self.start_and_listen()
         except BaseException as error:
-            self.error = error
+            self.error, self.last = error, replace(self.look(), end="stopped")
         try:
             self.clean_up()
         except BaseException as error:
@@ -113,9 +97,29 @@ class Watcher:
             self.start_all()
             self.listen()
             self.results = [stage.result[0] for stage in self.stages]
+            self.last = self.look()
         except RunEnded as ended:
             self.failure = ended.failure
-            self.others = self.describe_others(ended.failure)
+            self.last = self.look_back(ended.failure)
+            self.others = _stage_view.what_followed(ended.failure, self.stages, self.last)
+
+    def look(self) -> Snapshot:
+        """What all stages do now; of a run that has ended, what they did then. From any thread."""
+        if self.last is None and self.folder is not None:
+            with suppress(OSError, ValueError):  # the file is just being made, or has just been removed
+                return _stage_view.look(self.folder, self.stages, self.world_size)
+        return self.last or Snapshot([RankState(rank, "starting") for rank in range(self.world_size)])
+
+    def stacks(self) -> dict[int, str]:
+        """Where in the code each stage is, or why that is not known. From any thread."""
+        alive = {s.rank: s.watched for s in self.stages if s.watched and self.last is None}
+        found = _stacks.collect(self.folder, alive) if self.folder else {}
+        return {rank: found.get(rank, _stacks.NONE) for rank in range(self.world_size)}
+
+    def look_back(self, failure: Failure) -> Snapshot:
+        """What all stages did when the run failed: a wait that runs out soon changes what the others do."""
+        then = self.at_first_failure if failure.kind in ("timeout", "closed") else None
+        return replace(then or self.look(), end="stopped" if failure.kind == "stopped" else "failed", late_from=0.0)
 
     # ---- start ----
 
@@ -185,7 +189,7 @@ class Watcher:
         if late or not self.stages:
             limits.append(self.began + self.options.startup_limit)
             if now > limits[-1]:
-                who = name_stages(late) if late else "the server that starts the stages"
+                who = names("stage", late) if late else "the server that starts the stages"
                 limit = f"within {self.options.startup_limit:g} s (startup_limit)"
                 raise RunEnded(Failure("limit", None, f"{who} did not start {limit}"))
         if self.options.limit is not None:
@@ -202,7 +206,7 @@ class Watcher:
             try:
                 kind, *content = pickle.loads(message)
             except Exception as error:
-                stage.failure = Failure("exception", stage.rank, f"what it sent cannot be unpickled here: {error!r}")
+                self.note(stage, Failure("exception", stage.rank, f"what it sent cannot be unpickled here: {error!r}"))
                 continue
             if kind == "ready":
                 stage.is_ready = True
@@ -214,7 +218,7 @@ class Watcher:
                 stage.result = content
             else:
                 cause, summary, trace, at = content
-                stage.failure = Failure(cause, stage.rank, summary, trace, at)
+                self.note(stage, Failure(cause, stage.rank, summary, trace, at))
 
     def read_output(self, stage: Stage) -> None:
         """Show what a stage has written, line by line; at the end also a last line without an end."""
@@ -235,17 +239,11 @@ class Watcher:
             self.read_control(stage)
         if not stage.has_reported:
             stage.process.join(SECONDS_TO_END)
-            stage.failure = Failure("died", stage.rank, describe_death(stage.process.exitcode))
+            self.note(stage, death(stage.rank, stage.process.exitcode))
 
-    def describe_others(self, failure: Failure) -> list[str]:
-        """What the failure led to on the other stages; after a time-out also what those do that have not failed."""
-        lines = []
-        for stage in self.stages:
-            if stage.failure and stage.failure is not failure:
-                lines.append(f"stage {stage.rank}: {stage.failure.summary}")
-            elif not stage.has_reported and failure.kind in ("timeout", "closed", "limit") and self.folder:
-                lines.append(f"stage {stage.rank}: no error; {_status_file.read(self.folder / 'status', stage.rank)}")
-        return lines
+    def note(self, stage: Stage, failure: Failure) -> None:
+        stage.failure = failure
+        self.at_first_failure = self.at_first_failure or self.look()
 
     # ---- end ----
 

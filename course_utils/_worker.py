@@ -29,7 +29,7 @@ import cloudpickle
 import torch
 import torch.distributed as dist
 
-from course_utils import _pipes
+from course_utils import _pipes, _stacks
 from course_utils._by_value import shorten, show_sources
 from course_utils._status_file import StatusRecord
 from course_utils._surroundings import Settings
@@ -49,10 +49,11 @@ def main(rank: int, world_size: int, method: str, folder: Path, control: Connect
     caller = Caller(control)
     try:
         settings: Settings = pickle.loads(caller.receive())
-        status = StatusRecord(settings.folder / "status", rank)
+        status = StatusRecord(settings.folder / "status", rank, world_size)
+        _stacks.answer_requests(settings.folder, rank)
         worker, fn, args = make_ready(rank, world_size, settings, status, caller)
         caller.tell("ready")
-        status.running()
+        status.computing()
         result = fn(worker, *args)
         status.ended()
         caller.tell_result(result)
@@ -175,7 +176,6 @@ def make_ready(
     show_sources(settings.sources)
     torch.set_num_threads(1)  # more would compete for the cores, and change the last bits of sums
     fn, args = pickle.loads(caller.receive())
-    status.waiting("all stages to start")
     data_group = join_groups(rank, world_size, settings)
     transport = TorchTransport(rank, world_size, data_group, status, settings.wait_limit)
     return Worker(rank, world_size, transport, caller.emit), fn, args

@@ -4,10 +4,11 @@ A step of K ranks that lasts T seconds costs K * T seconds of their time. This m
 up to K * T, for a recorded step as for a simulated or an emulated one.
 """
 
+import math
 import statistics
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 
 from course_utils.schedules import Action, Schedule
 from course_utils.simulation import simulate
@@ -95,40 +96,52 @@ def breakdown(timeline: Timeline, schedule: Schedule) -> Breakdown:
     Raises:
         ValueError: the timeline is not one step of this schedule, or a rank does two things at once.
     """
-    check_step(timeline.check(), schedule)
-    durations: dict[tuple[str, int], list[float]] = {}
-    for _, kind, stage, _, start, end in timeline:
-        if kind in COMPUTE:
-            durations.setdefault((kind, stage), []).append(end - start)
-    stages = range(schedule.num_stages)
-
-    def own(kind: str, stage: int) -> float:
-        """How long a stage takes on average; 0 if it does not do this."""
-        return statistics.fmean(durations.get((kind, stage), [0.0]))
-
-    def equal(kind: str, stage: int) -> float:
-        everything = [duration for s in stages for duration in durations.get((kind, s), [])]
-        return statistics.fmean(everything or [0.0])
-
-    def idle(cost: Callable[[str, int], float]) -> list[float]:
-        """For each rank its idle time in a simulation with these costs."""
-        costs = {kind: [cost(kind, stage) or NO_TIME for stage in stages] for kind in COMPUTE}
-        simulated = simulate(schedule, costs["F"], costs["B"], recompute=costs["R"])
-        return [simulated.makespan - simulated.busy(rank) for rank in range(schedule.num_ranks)]
-
+    as_they_are, among_equals = predict(timeline, schedule), predict(timeline, schedule, equal_stages=True)
     ranks = []
-    for rank, (among_equals, as_they_are) in enumerate(zip(idle(equal), idle(own), strict=True)):
+    for rank in range(timeline.num_ranks):
         compute, recompute, sending = (timeline.time_in(kinds, rank) for kinds in ("FB", "R", "s"))
         really_idle = max(0.0, timeline.makespan - compute - recompute - sending)  # sums round
-        explained = min(as_they_are, really_idle)
-        bubble = min(among_equals, explained)
+        explained = min(idle_of(as_they_are, rank), really_idle)
+        bubble = min(idle_of(among_equals, rank), explained)
         ranks.append(Parts(compute, recompute, sending, bubble, explained - bubble, really_idle - explained))
-    per_micro_batch = [sum(own(kind, stage) for kind in COMPUTE) for stage in stages]
+    per_micro_batch = [math.fsum(times) for times in zip(*mean_times(timeline, schedule).values(), strict=True)]
     return Breakdown(tuple(ranks), timeline.makespan, tuple(per_micro_batch))
+
+
+def predict(timeline: Timeline, schedule: Schedule, equal_stages: bool = False) -> Timeline:
+    """The simulation of a step with the times that were measured in it, to be shown beside it; messages take no time.
+
+    Args:
+        timeline, schedule: as for `breakdown`, which raises the same errors.
+        equal_stages: give all stages the mean time of all; otherwise each stage gets its own mean times.
+    """
+    check_step(timeline, schedule)
+    times = mean_times(timeline, schedule, equal_stages)
+    forward, backward, recompute = ([time or NO_TIME for time in times[kind]] for kind in "FBR")
+    simulated = simulate(schedule, forward, backward, recompute=recompute)
+    simulated.unit = timeline.unit
+    simulated.label = f"simulated with the mean times of {'all stages together' if equal_stages else 'each stage'}"
+    return simulated
+
+
+def mean_times(timeline: Timeline, schedule: Schedule, equal_stages: bool = False) -> dict[str, list[float]]:
+    """For F, B and R the mean time that each stage takes for a micro-batch, 0 where it does not do this."""
+    durations: dict[str, list[list[float]]] = {kind: [[] for _ in schedule.rank_of_stage] for kind in COMPUTE}
+    for _, kind, stage, _, start, end in timeline:
+        if kind in COMPUTE:
+            durations[kind][stage].append(end - start)
+    if equal_stages:
+        durations = {kind: [list(chain(*stages))] * len(stages) for kind, stages in durations.items()}
+    return {kind: [statistics.fmean(times or [0.0]) for times in stages] for kind, stages in durations.items()}
+
+
+def idle_of(timeline: Timeline, rank: int) -> float:
+    return timeline.makespan - timeline.busy(rank)
 
 
 def check_step(timeline: Timeline, schedule: Schedule) -> None:
     """Raises a ValueError unless every rank computed its actions of the schedule, once each and in their order."""
+    timeline.check()
     if timeline.num_ranks != schedule.num_ranks:
         raise ValueError(f"the timeline has {timeline.num_ranks} ranks, the schedule {schedule.num_ranks}")
     rows: list[list[Action]] = [[] for _ in range(schedule.num_ranks)]

@@ -16,7 +16,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -109,11 +109,11 @@ class Manifest:
         return {name: self.record[name] for name in names if name in self.record}
 
     def to_json(self) -> bytes:
-        """The bytes of the file; they end with the hash of the rest."""
+        """The bytes of the file; among them is the hash of the rest."""
         content = {"format": FORMAT, **asdict(self)}
         del content["folder"]
-        content = json.loads(as_json(content))  # as it will be read again: keys are strings, tuples are lists
-        return json.dumps({**content, "sha256": sha256(as_json(content))}, indent=1).encode()
+        content = json.loads(as_json(content))  # as it will be read again: keys are text, tuples are lists
+        return json.dumps({**content, "sha256": sha256(as_json(content))}, indent=1, sort_keys=True).encode()
 
 
 # --- Save ------------------------------------------------------------------------------------------------------------
@@ -151,13 +151,13 @@ class Checkpoints:
             data, path = pack(parameters), folder / f"stage_{stage}.pt"
             own["files"][stage] = asdict(StageFile(len(data), sha256(data), list(parameters)))
             own["problem"] = own["problem"] or attempt(f"{path} could not be written", write_durably, path, data)
-        ranks = tell_all(transport, own, "what it has written of the checkpoint")
+        ranks = tell_all(transport, own, "word of its part of the checkpoint")
 
         files, record = check_and_merge(ranks)
         problem = "; ".join(rank["problem"] for rank in ranks if rank["problem"])
         manifest = Manifest(folder, state.step, state.config, state.shared, record, files)
         outcome = self.commit(manifest, problem) if transport.rank == 0 else None
-        saved, problem = tell_all(transport, outcome, "whether the checkpoint is complete")[0]
+        saved, problem = tell_all(transport, outcome, "word that the checkpoint is complete")[0]
         if not saved:
             problem = f"no checkpoint of step {state.step} was saved: {problem}. Those before it are whole."
             if self.on_failure == "stop":
@@ -176,16 +176,18 @@ class Checkpoints:
         """Make the checkpoint valid unless there is a problem, and tidy up: (whether it is valid, what went wrong)."""
         path = manifest.folder / MANIFEST
         problem = problem or attempt(f"{path} could not be written", write_durably, path, manifest.to_json())
-        left = attempt(f"{self.folder} could not be tidied up", self.tidy_up, manifest)
+        safe = manifest.step - 1 if problem else manifest.step
+        left = attempt(f"{self.folder} could not be tidied up", self.tidy_up, safe)
         return not problem, "; ".join(filter(None, (problem, left)))
 
-    def tidy_up(self, newest: Manifest) -> None:
+    def tidy_up(self, safe: int) -> None:
         """Remove what has no manifest, which killed and failed saves have left, and checkpoints that are too old.
 
-        Damaged ones stay, and those of later steps, which another run must have made.
+        Damaged ones stay, and those of later steps than `safe`: another run has made them, or nobody knows whether they
+        are on the disk.
         """
         folders = self.folders()
-        valid = [folder for folder in folders if step_of(folder) <= newest.step and is_valid(folder)]
+        valid = [folder for folder in folders if step_of(folder) <= safe and is_valid(folder)]
         for folder in [folder for folder in folders if not (folder / MANIFEST).exists()] + valid[: -self.keep]:
             discard(folder)
 
@@ -208,7 +210,7 @@ def collect(named: Iterable[tuple[str, Tensor]], optimizer: Optimizer) -> dict[s
 def tell_all(transport: Transport, mine: Any, what: str) -> list[Any]:
     """What every rank has to say, by rank. It travels as JSON: nothing that arrives can be code."""
     text = as_json(mine)
-    lengths = Gathering(transport, 8, f"how long it takes to say {what}").share(as_bytes(len(text).to_bytes(8)))
+    lengths = Gathering(transport, 8, f"the length of {what}").share(as_bytes(len(text).to_bytes(8)))
     longest = max(int.from_bytes(length.numpy().tobytes()) for length in lengths)
     texts = Gathering(transport, longest, what).share(as_bytes(text.ljust(longest)))
     return [json.loads(text.numpy().tobytes()) for text in texts]
@@ -273,22 +275,22 @@ def load(manifest: Manifest, wanted: Mapping[str, Tensor]) -> dict[str, Paramete
     return found
 
 
-def compare_config(saved: Mapping[str, Any], now: Mapping[str, Any], may_differ: Iterable[str] = MAY_DIFFER) -> None:
+def compare_config(saved: Mapping[str, Any], now: Mapping[str, Any], may_differ: Sequence[str] = MAY_DIFFER) -> None:
     """Refuse to resume what would become another run. A field that is missing counts as None.
 
     Raises:
         CheckpointError: names each field that differs, with both values.
     """
-    before, after, free = flat(saved), flat(json.loads(as_json(now))), tuple(may_differ)
+    before, after = (flat(json.loads(as_json(config))) for config in (saved, now))
     different = [
         f"{name} was {before.get(name)!r} and is {after.get(name)!r} now"
         for name in dict.fromkeys([*before, *after])
-        if name.split(".")[0] not in free and before.get(name) != after.get(name)
+        if name.split(".")[0] not in may_differ and before.get(name) != after.get(name)
     ]
     if different:
         raise CheckpointError(
             f"the checkpoint is of another run: {'; '.join(different)}. Resume with the old values (only "
-            f"{', '.join(free)} may change), or begin anew in another folder"
+            f"{', '.join(may_differ)} may change), or begin anew in another folder"
         )
 
 

@@ -15,14 +15,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from course_utils.number_words import Batch, split_numbers
-from course_utils.pipeline import DropoutKey, Pipeline, Tensors
-from course_utils.precision import LOW_PRECISION, resolve
+from course_utils.pipeline import Pipeline, Tensors
+from course_utils.precision import LOW_PRECISION
 from course_utils.processes import launch
 from course_utils.recipes import TrainingConfig
 from course_utils.schedules import SCHEDULES, Action, Schedule, rematerialise
-from course_utils.stages import CutModel
-from course_utils.training import TrainingState, micro_batches_of
-from course_utils.transfer import StepAgreement, agree
+from course_utils.stages import CutModel, Stage
+from course_utils.training import TrainingState, micro_batches_of, with_precision
+from course_utils.transfer import agree
 from course_utils.transports import Worker
 from course_utils.validity import validate
 
@@ -85,21 +85,36 @@ class Purpose(NamedTuple):
     micro_batch: int = -1
 
 
-class Ledger:
-    """What each storage is held for; the first purpose that is noted for it counts.
+def storages(tensors: Iterable[Tensor | None]) -> dict[StorageWeakRef, int]:
+    """{storage: its bytes}, each once.
 
     The references are weak: they keep no memory alive, and as long as one exists, its storage's identity is not given
     to another storage. An address would not do: memory that is freed is soon used again.
     """
+    found = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
+    return {StorageWeakRef(storage): storage.nbytes() for storage in found}
+
+
+def num_bytes(tensors: Iterable[Tensor | None]) -> int:
+    """The memory behind some tensors; what they share counts once."""
+    return sum(storages(tensors).values())
+
+
+class Ledger:
+    """What each storage is held for; the first purpose that is noted for it counts."""
 
     def __init__(self) -> None:
         self.notes: dict[StorageWeakRef, tuple[Purpose, int]] = {}
 
     def note(self, purpose: Purpose, tensors: Iterable[Tensor | None]) -> None:
-        for tensor in tensors:
-            if tensor is not None:
-                storage = tensor.untyped_storage()
-                self.notes.setdefault(StorageWeakRef(storage), (purpose, storage.nbytes()))
+        for storage, size in storages(tensors).items():
+            self.notes.setdefault(storage, (purpose, size))
+
+    def forget(self, kind: str, tensors: Iterable[Tensor | None]) -> None:
+        """These are no longer held for a purpose of that kind."""
+        for storage in storages(tensors):
+            if storage in self.notes and self.notes[storage][0].kind == kind:
+                del self.notes[storage]
 
     def alive(self) -> Counter[Purpose]:
         """{purpose: bytes} of what has not been freed."""
@@ -109,28 +124,19 @@ class Ledger:
             counted[purpose] += size
         return counted
 
-    def num_bytes_of_others(self, tensors: Iterable[Tensor | None]) -> int:
-        """The bytes of tensors for which no purpose is noted."""
-        others = {StorageWeakRef(t.untyped_storage()): t.untyped_storage().nbytes() for t in tensors if t is not None}
-        return sum(size for storage, size in others.items() if storage not in self.notes)
-
-
-def num_bytes(tensors: Iterable[Tensor | None]) -> int:
-    """The memory behind some tensors; what they share counts once."""
-    return Ledger().num_bytes_of_others(tensors)
-
 
 class CastWatcher(TorchDispatchMode):
     """Notes the copies of parameters in other formats, which autocast makes without anybody asking for them."""
 
-    def __init__(self, ledger: Ledger, stage: int, parameters: set[StorageWeakRef]):
+    def __init__(self, ledger: Ledger, stage: Stage):
         super().__init__()
-        self.ledger, self.purpose, self.parameters = ledger, Purpose("copy", stage), parameters
+        self.ledger, self.purpose = ledger, Purpose("copy", stage.index)
+        self.parameters = storages(stage.parameters())
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        cast = torch.ops.aten._to_copy.default
-        if function is cast and StorageWeakRef(args[0].untyped_storage()) in self.parameters:
+        is_cast = function is torch.ops.aten._to_copy.default
+        if is_cast and StorageWeakRef(args[0].untyped_storage()) in self.parameters:
             self.ledger.note(self.purpose, [result])
         return result
 
@@ -156,9 +162,7 @@ class MeteredPipeline(Pipeline):
             self.ledger.note(Purpose("anyway"), [batch.source, batch.target_input, batch.target_output])
         return super().step(micro_batches, *args, **kwargs)
 
-    def compute(
-        self, action: Action, leaves: Tensors, micro_batch: Batch, num_tokens: int, dropout_key: DropoutKey
-    ) -> Tensors:
+    def compute(self, action: Action, leaves: Tensors, *args: Any, **kwargs: Any) -> Tensors:
         inputs, graph = (Purpose(kind, action.stage, action.micro_batch) for kind in ("inputs", "graph"))
         self.ledger.note(inputs, leaves)
 
@@ -166,17 +170,24 @@ class MeteredPipeline(Pipeline):
             self.ledger.note(graph, [tensor])
             return tensor.detach()  # as it is, it would know the node that saves it: a circle, never freed unless used
 
-        parameters = {StorageWeakRef(p.untyped_storage()) for p in self.stages[action.stage].parameters()}
-        watcher = CastWatcher(self.ledger, action.stage, parameters)
+        watcher = CastWatcher(self.ledger, self.stages[action.stage])
         with saved_tensors_hooks(pack, lambda tensor: tensor), watcher:
-            carry = super().compute(action, leaves, micro_batch, num_tokens, dropout_key)
+            carry = super().compute(action, leaves, *args, **kwargs)
         alive = self.look(carry)
         self.kept[action.stage, action.micro_batch] = MicroBatchBytes(alive[inputs], alive[graph])
         return carry
 
+    def forward(self, action: Action, *args: Any, **kwargs: Any) -> Tensors:
+        result = super().forward(action, *args, **kwargs)
+        if action[1:] in self.recomputed:
+            self.ledger.forget("graph", result)  # the graph is gone, but its result is still to be sent: a message
+        return result
+
     def backward(self, action: Action, arrived: Tensors) -> Tensors:
         self.look(arrived)
+        carry = self.stash[action[1:]]
         result = super().backward(action, arrived)
+        self.ledger.forget("graph", carry)
         self.look(result)
         return result
 
@@ -192,19 +203,17 @@ class MeteredPipeline(Pipeline):
         for number, stage in self.stages.items():
             now["gradients", number] = num_bytes(p.grad for p in stage.parameters())
             now["gradients", None] += now["gradients", number]
-        now["messages", None] = self.ledger.num_bytes_of_others([*in_hand, *self.messages()])
+        messages = storages([*in_hand, *self.messages()])
+        now["messages", None] = sum(size for storage, size in messages.items() if storage not in self.ledger.notes)
         now["peak", None] = self.held_besides + sum(size for (_, stage), size in now.items() if stage is None)
         self.peaks |= now  # the greater of each
         return alive
 
-    def messages(self) -> Iterable[Tensor | None]:
+    def messages(self) -> list[Tensor | None]:
         """Posted receives, sends that are not known to be over, and what one stage of this rank hands to another."""
-        for buffers, _ in self.exchange.inbox.values():
-            yield from buffers
-        for operations in self.exchange.outbox.values():
-            yield from (operation.tensor for operation in operations)
-        for tensors in self.handed_over.values():
-            yield from tensors
+        posted = [buffer for buffers, _ in self.exchange.inbox.values() for buffer in buffers]
+        sent = [operation.tensor for operations in self.exchange.outbox.values() for operation in operations]
+        return posted + sent + [tensor for tensors in self.handed_over.values() for tensor in tensors]
 
 
 # --- A measurement --------------------------------------------------------------------------------------------
@@ -224,45 +233,42 @@ def measure_memory(
     if schedule is None:
         schedule = SCHEDULES[config.schedule](config.stages, config.micro_batches)
         schedule = rematerialise(schedule, config.rematerialisation)
-    precision = resolve(config.precision)
-    config = replace(config, stages=schedule.num_stages, micro_batches=schedule.num_micro_batches, precision=precision)
     validate(schedule)
+    config = replace(config, stages=schedule.num_stages, micro_batches=schedule.num_micro_batches)
+    config = with_precision(config)
     return run(measure_rank, schedule.num_ranks, config, config.cut, schedule, engine)
 
 
 def measure_rank(
     worker: Worker, config: TrainingConfig, cut: CutModel, schedule: Schedule, engine: type[MeteredPipeline]
 ) -> RankMemory:
-    """What `measure_memory` runs in every process: two steps, of which the last one's figures remain."""
+    """What `measure_memory` runs in every process: two steps of one batch; the figures of the second remain."""
     stages = {s: cut.build(s, config.seed) for s in schedule.stages_of(worker.rank)}
     state = TrainingState(config, stages.values(), cut.parameter_names)
     low_precision, wire_dtype = (LOW_PRECISION.get(name or "") for name in (config.precision, config.wire_dtype))
     pipeline = engine(
         stages, schedule, worker.transport, cut.carry_after, low_precision=low_precision, wire_dtype=wire_dtype
     )
-    agreement = StepAgreement(worker.transport, len(state.place))
     numbers = split_numbers(config.lowest, config.highest, config.training_numbers, config.held_out, config.seed)
+    micro_batches = micro_batches_of(config, numbers.training, 0)
+    plan, num_tokens = pipeline.plan(micro_batches), sum(m.num_tokens for m in micro_batches)
     for _ in range(2):
-        micro_batches = micro_batches_of(config, numbers.training, state.steps_done)
-        num_tokens = sum(m.num_tokens for m in micro_batches)
-        plan = pipeline.plan(micro_batches)
         agree(worker.transport, plan)
-        agreement.open()
         state.optimizer.zero_grad()
         pipeline.held_besides = num_bytes(state.parameters) + bytes_of_optimizer(state.optimizer, state.parameters)
-        losses = pipeline.step(micro_batches, plan, num_tokens, state.dropout_key(), state.scaler.scale)
-        state.update(agreement.share(state.take_in(losses), plan), losses, num_tokens)
+        pipeline.step(micro_batches, plan, num_tokens, state.dropout_key(), state.scaler.scale)
+        state.optimizer.step()
 
     peaks = pipeline.peaks
     reports = tuple(
         StageMemory(
-            stage=number,
-            parameters=num_bytes(stage.parameters()),
-            gradients=peaks["gradients", number],
-            optimizer_state=bytes_of_optimizer(state.optimizer, stage.parameters()),
-            stash=peaks["stash", number],
-            low_precision=peaks["low_precision", number],
-            micro_batches=tuple(pipeline.kept[number, m] for m in range(config.micro_batches)),
+            number,
+            num_bytes(stage.parameters()),
+            peaks["gradients", number],
+            bytes_of_optimizer(state.optimizer, stage.parameters()),
+            peaks["stash", number],
+            peaks["low_precision", number],
+            tuple(pipeline.kept[number, m] for m in range(config.micro_batches)),
         )
         for number, stage in stages.items()
     )
@@ -308,19 +314,13 @@ def predict_stash(schedule: Schedule, micro_batches: Mapping[int, Sequence[Micro
 
 def memory_table(ranks: Sequence[RankMemory]) -> str:
     """A row per stage, in bytes; what belongs to a whole rank stands in the row of its last stage."""
-    rows: list[tuple[str, ...]] = [
-        ("rank", "stage", "parameters", "gradients", "optimizer", "stash", "low precision", "messages", "peak")
-    ]
+    rows = [["rank", "stage", "parameters", "gradients", "optimizer", "stash", "low precision", "messages", "peak"]]
     for rank in ranks:
         for s in rank.stages:
             figures = [s.parameters, s.gradients, s.optimizer_state, s.stash, s.low_precision]
             figures += [rank.messages, rank.peak] if s is rank.stages[-1] else []
-            cells = [str(rank.rank), str(s.stage), *(f"{figure:,}" for figure in figures), "", ""]
-            rows.append(tuple(cells[: len(rows[0])]))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+            rows.append([str(rank.rank), str(s.stage), *(f"{figure:,}" for figure in figures)])
+    return "\n".join("  ".join(f"{cell:>13}" for cell in row) for row in rows)
 
 
 def describe_memory(ranks: Sequence[RankMemory], schedule: Schedule) -> str:

@@ -15,31 +15,36 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from course_utils import _by_value
 from course_utils._failures import Failure
+from course_utils._stage_view import OF_THE_WHOLE_RUN
 from course_utils._watching import END, Options, Watcher
+from course_utils.waits import Snapshot, Verdict
 
 POLL = 0.2  # seconds; on Windows a wait without an end could not be interrupted
 SECONDS_TO_STOP = 10.0
 
 
 class StageError(RuntimeError):
-    """A run did not get to its end. The message has the first cause with its traceback, and then what followed from it.
+    """A run did not get to its end. The message has what held it up or its first cause, and then what followed from it.
 
     Attributes:
-        rank: of the stage that failed first, or None if none did (a limit, or `Run.stop`).
         kind: "exception" of the function's own, "died" without one, "timeout" of a wait, "closed" by another stage,
             "limit" of the whole run or of its start, "stopped".
+        rank: of the stage on which it depends: the one that failed first, or that others waited for because it was
+            slow, stood still, or had ended. None if there is no such one, as in a deadlock.
+        verdict: what held the run up: see `waits.Verdict`.
     """
 
-    def __init__(self, message: str, kind: str, rank: int | None = None):
+    def __init__(self, message: str, kind: str, rank: int | None = None, verdict: Verdict | None = None):
         super().__init__(message)
-        self.kind, self.rank = kind, rank
+        self.kind, self.rank, self.verdict = kind, rank, verdict
 
     def __reduce__(self) -> tuple:
-        return StageError, (str(self), self.kind, self.rank)
+        return StageError, (str(self), self.kind, self.rank, self.verdict)
 
 
 class Run:
@@ -65,8 +70,8 @@ class Run:
                 raise TimeoutError(f"no result within {timeout:g} s; the run goes on: ask again, or stop() it")
         if watcher.error is not None:
             raise watcher.error
-        if watcher.failure is not None:
-            raise self._describe(watcher.failure)
+        if watcher.failure is not None and watcher.last is not None:
+            raise self._describe(watcher.failure, watcher.last)
         return watcher.results
 
     def events(self) -> Iterator[tuple[int, Any]]:
@@ -81,6 +86,26 @@ class Run:
                 self._watcher.events.put(END)  # for whoever asks again
                 return
             yield item
+
+    def status(self, stacks: bool = False) -> Snapshot:
+        """What holds the run up, who waits for whom, and what each stage does now: `print(run.status())`.
+
+        At any time and from any thread or cell, also while a stage is stuck or dead; of a run that has ended, what was
+        last. `status().verdict` has the kind and the ranks. With `stacks` the text ends with every stage's stack.
+        """
+        snapshot = self._watcher.look()
+        if not stacks:
+            return snapshot
+        return replace(snapshot, more="\n".join(f"{snapshot.noun} {r}:\n{s}" for r, s in self.stacks().items()))
+
+    def stacks(self) -> dict[int, str]:
+        """By rank, where in the code each stage is, innermost call first; also of one in a wait, a sleep or a C loop.
+
+        Takes at most about a second. In place of a stack a text may say why there is none: the stage has ended, its
+        process is stopped, or the system is Windows, where a process cannot be asked.
+        """
+        stacks = self._watcher.stacks()
+        return {rank: self._with_cell_names(stack) for rank, stack in stacks.items()}
 
     def stop(self) -> None:
         """End the run: returns when no process is left. Does nothing if it has ended already."""
@@ -107,18 +132,24 @@ class Run:
             self.stop()
             raise
 
-    def _describe(self, failure: Failure) -> StageError:
-        who = "" if failure.rank is None else f"stage {failure.rank} failed: "
-        parts = [who + failure.summary]
+    def _describe(self, failure: Failure, last: Snapshot) -> StageError:
+        verdict = last.verdict
+        parts = []
+        if failure.kind in ("died", "timeout", "closed", "limit") and verdict.kind not in ("failed", "starting"):
+            parts.append(str(verdict))
+        parts.append(("" if failure.rank is None else f"{last.noun} {failure.rank} failed: ") + failure.summary)
         if failure.traceback:
             parts.append(failure.traceback.rstrip())
         if self._watcher.others:
-            head = "at that moment:" if failure.kind in ("timeout", "closed", "limit") else "because of that:"
+            head = "at that moment:" if failure.kind in OF_THE_WHOLE_RUN else "because of that:"
             parts.append("\n".join([head, *self._watcher.others]))
-        message = "\n\n".join(parts)
+        rank = verdict.culprit if failure.kind in OF_THE_WHOLE_RUN else failure.rank
+        return StageError(self._with_cell_names("\n\n".join(parts)), failure.kind, rank, verdict)
+
+    def _with_cell_names(self, text: str) -> str:
         for file_name, cell in self._cells.items():
-            message = message.replace(f'File "{file_name}"', cell)
-        return StageError(message, failure.kind, failure.rank)
+            text = text.replace(f'File "{file_name}"', cell)
+        return text
 
 
 def start(

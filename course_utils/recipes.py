@@ -83,8 +83,10 @@ RECIPES = {
     # Numbers below a million: 99.5 % of those that were held out are read without a mistake.
     "default": TrainingConfig(),
     # The recipe of the article that this course started from, its bugs mended: numbers below a thousand, 10 epochs of
-    # batches of 32, and a warm-up of 4000 steps, of which these 290 never see the end.
+    # batches of 32, and a warm-up of 4000 steps whose end these 290 never see. No dropout: over three seeds 98 to 100 %
+    # of the exam are right without it, 75 to 94 % with 0.1.
     "article": TrainingConfig(
+        model=TransformerConfig(),
         micro_batches=4,
         steps=290,
         batch_size=32,

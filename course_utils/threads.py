@@ -68,6 +68,8 @@ class Switchboard:
                 operation.queue = self.queues.setdefault((operation.rank, queue), deque())
                 operation.queue.append(operation)
             self.move(operation)
+            if operation.queue and not operation.done:
+                self.changed.notify_all()  # it may have closed a circle of queues
         return operation
 
     def move(self, operation: ThreadOperation) -> None:
@@ -96,7 +98,6 @@ class Switchboard:
         with self.changed:
             self.waits[operation.rank] = operation
             self.since[operation.rank] = time.monotonic()
-            what = f"{self.noun} {operation.rank} {operation.as_wait().text(self.noun)}"
             try:
                 while not operation.done:
                     self.look_for_deadlock(operation)
@@ -104,14 +105,18 @@ class Switchboard:
                         raise Deadlock(str(self.deadlock), self.deadlock)
                     failed = [rank for rank, error in self.ended.items() if error is not None]
                     if failed:
-                        raise PeerLost(f"{what}, but {self.noun} {failed[0]} failed")
+                        raise PeerLost(f"{self.tell(operation)}, but {self.noun} {failed[0]} failed")
                     if self.stopped:
-                        raise PeerLost(f"{what}, but the run was stopped")
+                        raise PeerLost(f"{self.tell(operation)}, but the run was stopped")
                     if not self.changed.wait(max(0.0, give_up - time.monotonic())):
-                        raise WaitTimeout(f"{self.snapshot().verdict}; {what}: given up after {self.limit:g} s")
+                        what = f"{self.tell(operation)}: given up after {self.limit:g} s"
+                        raise WaitTimeout(f"{self.snapshot().verdict}; {what}")
             finally:
                 del self.waits[operation.rank]
                 self.since[operation.rank] = time.monotonic()
+
+    def tell(self, operation: ThreadOperation) -> str:
+        return f"{self.noun} {operation.rank} {operation.as_wait().now(self.noun)}"
 
     def computing(self, rank: int, text: str) -> None:
         with self.changed:

@@ -160,10 +160,10 @@ class TorchTransport:
             operation.work.wait()
         except RuntimeError as error:
             self.status.gave_up(operation)
-            noun, wait = operation.noun, operation.as_wait()
+            noun = operation.noun
             if "timed out" in str(error).lower() or "timeout" in str(error).lower():
-                raise WaitTimeout(f"{noun} {self.rank} {wait.text(noun, f'waited {self.limit:g} s')}") from error
-            what = f"while it {wait.text(noun, 'waited')}"
+                raise WaitTimeout(f"{noun} {self.rank} {operation.as_wait(self.limit).past(noun)}") from error
+            what = f"while it {operation.as_wait().past(noun)}"
             raise PeerLost(f"{noun} {self.rank} lost {noun} {operation.peer} {what}") from error
         self.status.computing()
 

@@ -19,6 +19,7 @@ KINDS = (
     *("crashed", "failed", "deadlock", "abandoned", "stands still", "lost", "slow", "message under way"),
     *("running", "starting", "finished", "stopped"),
 )
+WITH_CULPRIT = ("crashed", "failed", "abandoned", "stands still", "lost", "slow")
 
 SHOWN_FROM = 0.1  # seconds: a shorter time is not told
 LATE_FROM = 1.0  # seconds of waiting from which a rank that computes is called slow, and a message late
@@ -51,15 +52,22 @@ class Wait:
         """The two ranks of the message, sender first."""
         return (self.rank, self.peer) if self.sends else (self.peer, self.rank)
 
-    def text(self, noun: str, verb: str = "waits", with_time: bool = True) -> str:
+    def message(self, noun: str) -> str:
+        """`the activations of micro-batch 3 from stage 0`, or to send them `stage 1 to take the activations ...`"""
+        return f"{noun} {self.peer} to take {self.what}" if self.sends else f"{self.what} from {noun} {self.peer}"
+
+    def now(self, noun: str, with_time: bool = True) -> str:
         """`waits for the activations of micro-batch 3 from stage 0 since 4.1 s`"""
-        what = f"{noun} {self.peer} to take {self.what}" if self.sends else f"{self.what} from {noun} {self.peer}"
         queue = ""
         if self.ahead is not None and self.ahead.rank == self.rank:
             queue = ", behind another in its queue"
         elif self.ahead is not None:
             queue = f", which is behind another in {noun} {self.peer}'s queue"
-        return f"{verb} for {what}{since(self.seconds) if with_time else ''}{queue}"
+        return f"waits for {self.message(noun)}{since(self.seconds) if with_time else ''}{queue}"
+
+    def past(self, noun: str) -> str:
+        """`waited 4.1 s for the activations of micro-batch 3 from stage 0`"""
+        return f"waited{f' {self.seconds:.1f} s' if self.seconds >= SHOWN_FROM else ''} for {self.message(noun)}"
 
 
 def since(seconds: float) -> str:
@@ -94,7 +102,7 @@ class RankState:
     def was(self, noun: str) -> str:
         """`it was in B of micro-batch 5`, or what else it did."""
         if self.wait is not None:
-            return f"it {self.wait.text(noun, 'waited')}"
+            return f"it {self.wait.past(noun)}"
         return f"it was in {self.text}" if self.text else "it computed"
 
     def line(self, noun: str) -> str:
@@ -102,7 +110,7 @@ class RankState:
         text = {
             "starting": f"is starting{since(self.seconds)}",
             "computing": f"{f'is in {self.text}' if self.text else 'computes'}{since(self.seconds)}",
-            "waiting": self.wait.text(noun) if self.wait else "",
+            "waiting": self.wait.now(noun) if self.wait else "",
             "gave up": f"gave up: {self.was(noun)}",
             "lost": f"lost its connection while {self.was(noun)}",
             "ended": "has ended",
@@ -133,7 +141,7 @@ class Verdict:
     @property
     def culprit(self) -> int | None:
         """The one rank on which all depends, if there is one. In a circle nobody is to blame more than another."""
-        return self.ranks[0] if len(self.ranks) == 1 and self.kind not in ("deadlock", "running", "starting") else None
+        return self.ranks[0] if self.kind in WITH_CULPRIT else None
 
 
 @dataclass
@@ -227,7 +235,7 @@ class Snapshot:
 
     def of_circle(self, circle: list[Wait]) -> Verdict:
         """The lowest rank begins, so that the same deadlock has the same words whoever blocked first."""
-        first = min(range(len(circle)), key=lambda i: (circle[i].rank, circle[i].text(self.noun, with_time=False)))
+        first = min(range(len(circle)), key=lambda i: (circle[i].rank, circle[i].now(self.noun, with_time=False)))
         ranks = tuple(sorted({wait.rank for wait in circle}))
         who = {1: "it waits for itself", 2: "both wait"}.get(len(ranks), "all of them wait")
         sentence = f"{self.tell(circle[first:] + circle[:first])}: {who}, this is a deadlock"
@@ -263,12 +271,15 @@ class Snapshot:
 
     def tell(self, path: list[Wait]) -> str:
         """Each wait of a path; the first with its time."""
-        texts = [f"{self.noun} {wait.rank} {wait.text(self.noun, with_time=wait is path[0])}" for wait in path]
+        texts = [f"{self.noun} {wait.rank} {wait.now(self.noun, with_time=wait is path[0])}" for wait in path]
         return "; ".join(texts)
 
     def waiters(self, rank: int) -> list[int]:
         """The ranks that wait for this one, also by way of others."""
-        found = {path[0].rank for path, is_circle in self.chains if not is_circle and path[-1].peer == rank}
+        found = set()
+        for path, is_circle in self.chains:
+            if not is_circle and path[-1].peer == rank and path[-1].under_way is None:
+                found.add(path[0].rank)
         return sorted(found - {rank})
 
     def who_waits(self, rank: int) -> str:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from schedule_strategies import any_valid_schedule
 
-from course_utils.breakdown import Breakdown, Parts, breakdown, describe
+from course_utils.breakdown import Breakdown, Parts, breakdown, describe, predict
 from course_utils.schedules import (
     POLICIES,
     Action,
@@ -96,6 +96,25 @@ def test_a_step_by_hand() -> None:
         Parts(compute=8, recompute=0, sending=0, bubble=3, slow_neighbour=0, rest=1),
     )
     assert parts.total == Parts(11, 0, 0, 8.5, 2.5, 2)
+
+
+def test_what_was_measured_can_be_simulated() -> None:
+    """With the mean of what each stage took, or the mean of all stages."""
+    schedule = rematerialise(gpipe(2, 2), "except_last")
+    timeline = Timeline(2, "measured", unit="ms")
+    for rank, row in enumerate(schedule.actions):
+        now = 100.0
+        for kind, stage, micro_batch in row:
+            lasts = {"F": 1, "R": 2, "B": 6}[kind] * (1 + rank) + micro_batch
+            timeline.add(rank, kind, stage, micro_batch, now, now + lasts)
+            timeline.add(rank, "w", stage, micro_batch, now + lasts, now := now + lasts + 9)
+    own, equal = predict(timeline, schedule), predict(timeline, schedule, equal_stages=True)
+    assert list(own) == list(simulate(schedule, [1.5, 2.5], [6.5, 12.5], recompute=[2, 4]))
+    assert list(equal) == list(simulate(schedule, 2, 9.5, recompute=3))
+    assert (own.label, own.unit) == ("simulated with the mean times of each stage", "ms")
+    assert (equal.label, equal.unit) == ("simulated with the mean times of all stages together", "ms")
+    with pytest.raises(ValueError, match="on rank 0 its action 2 is 0R0, the schedule has 0B0"):
+        predict(timeline, rematerialise(gpipe(2, 2), "never"))
 
 
 def test_sends_and_recomputation_by_hand() -> None:

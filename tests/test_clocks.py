@@ -33,7 +33,7 @@ def check_offsets(found: Offsets, world_size: int) -> None:
     assert (found.ahead[0], found.uncertainty[0]) == (0, 0)
     assert len(found.ahead) == len(found.uncertainty) == world_size
     for rank in range(1, world_size):
-        assert 0 < found.uncertainty[rank]
+        assert found.uncertainty[rank] > 0
         assert abs(found.ahead[rank] - WRONG_BY[rank]) <= found.uncertainty[rank] + 1e-9
 
 

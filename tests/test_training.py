@@ -150,18 +150,6 @@ def test_a_stage_that_fails_is_named():
         train(broken)
 
 
-@pytest.mark.slow
-@pytest.mark.processes
-@pytest.mark.timeout(400)
-def test_the_default_recipe_learns_to_read_numbers():
-    """98 % and five minutes: far from what is usual, so that only a real fault fails."""
-    result = train(TrainingConfig())
-    assert result.config.stages == 2
-    assert len(result.answers) == 500
-    assert result.exact_match >= 0.98
-    assert result.seconds < 300
-
-
 # --- Timelines, precision, re-materialisation -------------------------------------------------------------------------
 
 
