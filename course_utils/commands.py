@@ -12,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from course_utils.checkpoint import Checkpoints
 from course_utils.precision import LOW_PRECISION, PRECISIONS
 from course_utils.processes import StageError
 from course_utils.recipes import RECIPES
@@ -58,6 +59,9 @@ def parser() -> argparse.ArgumentParser:
     option("--precision", "of matrix products; auto measures", choices=PRECISIONS)
     option("--rematerialisation", "forwards that are computed again instead of kept", choices=POLICIES)
     option("--wire-dtype", "what messages are rounded to", choices=LOW_PRECISION)
+    command.add_argument("--checkpoints", type=Path, metavar="FOLDER", help="where to save, every --save-every steps")
+    command.add_argument("--save-every", type=int, default=100, metavar="STEPS", help="default: %(default)s")
+    command.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
     command.add_argument("--out", type=Path, metavar="FOLDER", help="where result.json goes")
     command.set_defaults(command=train_command)
 
@@ -86,9 +90,15 @@ def train_command(options: argparse.Namespace) -> int:
                 f"loss {step.loss:.3f}, rate {step.learning_rate:.1e}, "
                 f"norm {step.gradient_norm:.2f}, {rate:,.0f} tokens/s"
             )
-            bar.update()
+            bar.update(step.number + 1 - bar.n)
 
-        result = train(config, on_step=show)
+        result = train(
+            config,
+            on_step=show,
+            checkpoints=options.checkpoints and Checkpoints(options.checkpoints, on_failure="continue"),
+            save_every=options.save_every,
+            resume=options.resume,
+        )
     print(
         f"{len(result.steps)} steps in {result.seconds:.1f} s; "
         f"{result.exact_match:.1%} of {len(result.answers)} held-out numbers exactly right; "

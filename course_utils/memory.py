@@ -200,9 +200,7 @@ class MeteredPipeline(Pipeline):
                 name = "low_precision" if purpose.kind == "copy" else "stash"
                 now[name, purpose.stage] += size
                 now[name, None] += size
-        for number, stage in self.stages.items():
-            now["gradients", number] = num_bytes(p.grad for p in stage.parameters())
-            now["gradients", None] += now["gradients", number]
+        now["gradients", None] = sum(num_bytes(p.grad for p in stage.parameters()) for stage in self.stages.values())
         messages = storages([*in_hand, *self.messages()])
         now["messages", None] = sum(size for storage, size in messages.items() if storage not in self.ledger.notes)
         now["peak", None] = self.held_besides + sum(size for (_, stage), size in now.items() if stage is None)
@@ -264,7 +262,7 @@ def measure_rank(
         StageMemory(
             number,
             num_bytes(stage.parameters()),
-            peaks["gradients", number],
+            num_bytes(parameter.grad for parameter in stage.parameters()),
             bytes_of_optimizer(state.optimizer, stage.parameters()),
             peaks["stash", number],
             peaks["low_precision", number],
@@ -320,7 +318,8 @@ def memory_table(ranks: Sequence[RankMemory]) -> str:
             figures = [s.parameters, s.gradients, s.optimizer_state, s.stash, s.low_precision]
             figures += [rank.messages, rank.peak] if s is rank.stages[-1] else []
             rows.append([str(rank.rank), str(s.stage), *(f"{figure:,}" for figure in figures)])
-    return "\n".join("  ".join(f"{cell:>13}" for cell in row) for row in rows)
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(c.rjust(width) for c, width in zip(row, widths, strict=False)) for row in rows)
 
 
 def describe_memory(ranks: Sequence[RankMemory], schedule: Schedule) -> str:

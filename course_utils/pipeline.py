@@ -74,6 +74,7 @@ class Pipeline:
         self.posting = posting_plan(schedule, transport.rank)
         self.also = f"products in {low_precision}; schedule {schedule.rank_of_stage}: {schedule.to_text()}"
         self.trains = any(action.kind == "B" for row in schedule.actions for action in row)
+        self.doing = [f"{a.kind} of micro-batch {a.micro_batch}" for a in self.actions]  # for whoever asks meanwhile
         self.recomputed = {(a.stage, a.micro_batch) for a in self.actions if a.kind == "R"}
         # What is kept from a forward to its backward: what arrived, and the graph of what became of it.
         self.inputs: dict[tuple[int, int], Tensors] = {}
@@ -135,6 +136,7 @@ class Pipeline:
         # region per micro-batch would make, and keep until the backward, as many copies as there are micro-batches.
         with torch.set_grad_enabled(self.trains), autocast(self.low_precision, self.device):
             for number, action in enumerate(self.actions, start=1):
+                self.transport.computing(self.doing[number - 1])
                 arrived = self.take_in(action)
                 self.exchange.begin_action(number)
                 began = time.perf_counter()

@@ -2,15 +2,26 @@
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Container, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from course_utils.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    Manifest,
+    RankState,
+    SaveReport,
+    collect,
+    compare_config,
+    restore,
+)
 from course_utils.decoding import as_words, greedy_decode
-from course_utils.fingerprints import StageRecord, fingerprint
+from course_utils.fingerprints import LOSSES, StageRecord, fingerprint
 from course_utils.number_words import Batch, batch, collate, split_numbers, to_words
 from course_utils.optimization import LossScaler, Noam, clip_by_global_norm, gradient_norms
 from course_utils.pipeline import Pipeline, sum_over_tokens
@@ -51,6 +62,7 @@ class TrainingResult:
         answers: for each held-out number the words that the model gave.
         weights: {name: tensor} of the whole model.
         timelines: {step: what the ranks did in it}, of the steps that were to be recorded.
+        saves: what became of each attempt to save a checkpoint.
     """
 
     config: TrainingConfig
@@ -60,7 +72,8 @@ class TrainingResult:
     answers: dict[int, str]
     fingerprint: str
     weights: dict[str, Tensor]
-    timelines: dict[int, Timeline]
+    timelines: dict[int, Timeline] = field(default_factory=dict)
+    saves: list[SaveReport] = field(default_factory=list)
 
     @property
     def exact_match(self) -> float:
@@ -99,8 +112,8 @@ class TrainingState:
     """
 
     def __init__(self, config: TrainingConfig, stages: Iterable[Stage], names: list[str]):
-        self.config, self.steps_done = config, 0
-        self.named = [pair for stage in stages for pair in stage.named_parameters_globally()]
+        self.config, self.steps_done, self.stages = config, 0, list(stages)
+        self.named = [pair for stage in self.stages for pair in stage.named_parameters_globally()]
         self.parameters: list[Tensor] = [parameter for _, parameter in self.named]
         self.place = {name: i for i, name in enumerate(names)}
         # Adam with the settings of Vaswani et al. (2017), section 5.3
@@ -132,6 +145,27 @@ class TrainingState:
         loss = sum(loss.item() for loss in losses.values())
         return Step(self.steps_done - 1, loss, norm, learning_rate, num_tokens, skipped, loss_scale)
 
+    def to_save(self) -> RankState:
+        """What a checkpoint needs of this rank."""
+        return RankState(
+            step=self.steps_done,
+            stages={s.index: collect(s.named_parameters_globally(), self.optimizer) for s in self.stages},
+            record=self.record.summary(),
+            shared={"noam": self.noam.state_dict(), "loss_scaler": self.scaler.state_dict()},
+            config=asdict(self.config),
+        )
+
+    def resume(self, manifest: Manifest) -> None:
+        """Go on where a run of any number of stages was saved. Raises CheckpointError."""
+        restore(manifest, self.named, self.optimizer)
+        self.noam.load_state_dict(dict(manifest.shared["noam"]))
+        for group, learning_rate in zip(self.optimizer.param_groups, self.noam.get_last_lr(), strict=True):
+            group["lr"] = learning_rate
+        self.scaler.load_state_dict(dict(manifest.shared["loss_scaler"]))
+        own = [name for name, _ in self.named] + [LOSSES for stage in self.stages if stage.is_last]
+        self.record = StageRecord(manifest.record_of(own))
+        self.steps_done = manifest.step
+
     def dropout_key(self) -> tuple[int, int] | None:
         return (self.config.seed, self.steps_done) if self.config.model.dropout > 0 else None
 
@@ -146,10 +180,15 @@ def train_rank(
     schedule: Schedule,
     engine: type[Pipeline] = Pipeline,
     recorded: Container[int] = (),
+    checkpoints: Checkpoints | None = None,
+    save_every: int = 100,
+    manifest: Manifest | None = None,
 ) -> dict[str, Any]:
     """The training loop of one rank: what `train` runs in every process."""
     stages = {s: cut.build(s, config.seed) for s in schedule.stages_of(worker.rank)}
     state = TrainingState(config, stages.values(), cut.parameter_names)
+    if manifest is not None:
+        state.resume(manifest)
     low_precision, wire_dtype = (LOW_PRECISION.get(name or "") for name in (config.precision, config.wire_dtype))
     pipeline = engine(
         stages, schedule, worker.transport, cut.carry_after, low_precision=low_precision, wire_dtype=wire_dtype
@@ -180,6 +219,10 @@ def train_rank(
         step = state.update(norms, losses, num_tokens)
         if losses:
             worker.emit(step)
+        if checkpoints and (state.steps_done % save_every == 0 or state.steps_done == config.steps):
+            report = checkpoints.save(worker.transport, state.to_save())
+            if worker.rank == 0:
+                worker.emit(report)
     seconds = time.perf_counter() - started
     state.record.add_weights(state.named)
 
@@ -203,6 +246,9 @@ def train(
     on_step: Callable[[Step], None] | None = None,
     engine: type[Pipeline] = Pipeline,
     record: Container[int] = (),
+    checkpoints: Checkpoints | None = None,
+    save_every: int = 100,
+    resume: bool = False,
 ) -> TrainingResult:
     """Train over several ranks.
 
@@ -212,9 +258,14 @@ def train(
         on_step: called with every step as soon as it is done.
         engine: what runs the schedule; `torch_engine.TorchPipeline` for comparison.
         record: steps whose timelines are to be measured.
+        checkpoints: where to save every `save_every` steps, and at the end; None: nowhere.
+        resume: go on from the newest checkpoint, if there is one; stages, schedule, re-materialisation and the number
+            of steps may be others than before.
 
     Raises:
         ScheduleError, ValueError: before anything starts.
+        CheckpointError: a ValueError: before anything starts, if there is a checkpoint already and resume is False, or
+            one that cannot be resumed.
         StageError: if a stage fails, with that stage's traceback.
     """
     if schedule is None:
@@ -223,14 +274,22 @@ def train(
     config = replace(config, stages=schedule.num_stages, micro_batches=schedule.num_micro_batches)
     config = with_precision(config)
     validate(schedule)
+    manifest = manifest_to_resume(config, checkpoints, save_every, resume)
     steps: list[Step] = []
+    saves: list[SaveReport] = []
 
-    def on_event(rank: int, step: Step) -> None:
-        steps.append(step)
+    def on_event(rank: int, event: Step | SaveReport) -> None:
+        if isinstance(event, SaveReport):
+            saves.append(event)
+            if event.problem:
+                warnings.warn(event.problem, stacklevel=2)
+            return
+        steps.append(event)
         if on_step is not None:
-            on_step(step)
+            on_step(event)
 
-    ranks = run(train_rank, schedule.num_ranks, config, config.cut, schedule, engine, record, on_event=on_event)
+    arguments = (config, config.cut, schedule, engine, record, checkpoints, save_every, manifest)
+    ranks = run(train_rank, schedule.num_ranks, *arguments, on_event=on_event)
     weights = {name: tensor for rank in ranks for name, tensor in rank["weights"].items()}
     return TrainingResult(
         config=config,
@@ -241,7 +300,34 @@ def train(
         fingerprint=fingerprint([rank["record"] for rank in ranks]),
         weights={name: weights[name] for name in config.cut.parameter_names},
         timelines={step: merge([rank["timelines"][step] for rank in ranks]) for step in ranks[0]["timelines"]},
+        saves=saves,
     )
+
+
+def manifest_to_resume(
+    config: TrainingConfig, checkpoints: Checkpoints | None, save_every: int, resume: bool
+) -> Manifest | None:
+    """The checkpoint to go on from. Raises ValueError for what would be lost, or cannot be resumed."""
+    if save_every < 1:
+        raise ValueError(f"save_every is {save_every}; it must be at least 1 step")
+    if checkpoints is None:
+        if resume:
+            raise ValueError("resume needs checkpoints: say where they are")
+        return None
+    manifest = checkpoints.latest()
+    if manifest is None:
+        return None
+    if not resume:
+        raise CheckpointError(
+            f"{manifest.folder} is a checkpoint of step {manifest.step}: resume from it, or name another folder"
+        )
+    compare_config(manifest.config, asdict(config))
+    if manifest.step > config.steps:
+        raise CheckpointError(
+            f"{manifest.folder} has done {manifest.step} steps, more than the {config.steps} asked for: ask for more, "
+            "or name another folder"
+        )
+    return manifest
 
 
 def train_on_one_device(config: TrainingConfig) -> TrainingResult:
@@ -280,7 +366,7 @@ def plain_loop(config: TrainingConfig) -> TrainingResult:
     state.record.add_weights(state.named)
     weights = {name: parameter.detach() for name, parameter in state.named}
     answers = dict(zip(numbers.held_out, answer(config, weights, numbers.held_out), strict=True))
-    return TrainingResult(config, None, steps, seconds, answers, fingerprint([state.record.summary()]), weights, {})
+    return TrainingResult(config, None, steps, seconds, answers, fingerprint([state.record.summary()]), weights)
 
 
 def answer(config: TrainingConfig, weights: dict[str, Tensor], numbers: tuple[int, ...] | list[int]) -> list[str]:

@@ -344,11 +344,10 @@ class BlockBuilder:
 
 @torch.no_grad()
 def initialise(block: nn.Module, generator: torch.Generator) -> None:
-    """Set every parameter and buffer: linear weights uniform up to 1 / sqrt(inputs), zero biases, embeddings of variance
-    1 / d_model.
+    """Set all weights: linear ones up to 1 / sqrt(inputs), biases zero, embeddings with variance 1 / d_model.
 
-    These are the weights of a plain nn.Linear. Those of nn.Transformer (Xavier) are up to twice as large: with the small
-    learning rates of a long warm-up they change too slowly.
+    These are the weights of a plain nn.Linear. Those of nn.Transformer (Xavier) are up to twice as large: with the
+    small learning rates of a long warm-up they change too slowly.
     """
     for module in block.modules():
         if isinstance(module, nn.Linear):

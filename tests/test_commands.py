@@ -33,6 +33,18 @@ def test_train_writes_its_result(tmp_path, capsys):
     assert "held-out numbers exactly right" in capsys.readouterr().out
 
 
+@pytest.mark.processes
+def test_train_goes_on_where_it_was_saved(tmp_path, capsys):
+    folder = ["--checkpoints", str(tmp_path / "run")]
+    assert main([*TRAIN, *folder]) == 0
+    assert main([*TRAIN, *folder]) == 2
+    assert "is a checkpoint of step 2: resume from it" in capsys.readouterr().err
+    more = ["train", "--steps", "3", "--batch-size", "16", "--micro-batches", "4", "--stages", "3"]
+    assert main([*more, *folder, "--resume"]) == 0
+    assert "1 steps in" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["step_00000002", "step_00000003"]
+
+
 def test_options_replace_fields_of_the_recipe(tmp_path, monkeypatch):
     configs = []
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from course_utils import precision
+from course_utils.checkpoint import CheckpointError, Checkpoints
 from course_utils.number_words import END
 from course_utils.optimization import Noam
 from course_utils.processes import StageError
@@ -199,3 +200,88 @@ def test_the_loss_scale_is_reported_and_changes_no_bit():
     assert [step.loss_scale for step in result.steps] == [256.0] * 3
     assert result.fingerprint == train_on_one_device(TINY_RUN).fingerprint
     assert [step.gradient_norm for step in result.steps] == [s.gradient_norm for s in train_on_one_device(config).steps]
+
+
+# --- Checkpoints: a run that is broken off and resumed ----------------------------------------------------------------
+
+
+def interrupted_at(step_number: int):
+    """A way to run ranks that ends with an error in the middle of the training."""
+
+    def run(function, world_size, *arguments, on_event):
+        def watch(rank, event):
+            on_event(rank, event)
+            if getattr(event, "number", None) == step_number:
+                raise InterruptedError("broken off")
+
+        return run_in_threads(function, world_size, *arguments, on_event=watch)
+
+    return run
+
+
+@pytest.mark.parametrize("changes", [{}, {"precision": "bf16"}, {"loss_scale": 4.0}, {"recorded_steps": 3}])
+def test_a_run_broken_off_and_resumed_over_other_stages_has_the_same_fingerprint(tmp_path, changes):
+    config = replace(TINY_RUN, steps=8, model=replace(TINY_RUN.model, dropout=0.1), **changes)
+    checkpoints = Checkpoints(tmp_path / "run")
+    with pytest.raises(InterruptedError):
+        train(config, run=interrupted_at(4), checkpoints=checkpoints, save_every=2)
+    with pytest.raises(InterruptedError):
+        three = replace(config, stages=3, schedule="1f1b", rematerialisation="always")
+        train(three, run=interrupted_at(6), checkpoints=checkpoints, save_every=3, resume=True)
+    result = train(replace(config, stages=1), run=run_in_threads, checkpoints=checkpoints, save_every=5, resume=True)
+    whole = train_on_one_device(config)
+    assert [step.number for step in result.steps] == [6, 7]
+    assert result.steps == whole.steps[6:]
+    assert (result.fingerprint, result.answers) == (whole.fingerprint, whole.answers)
+    assert [(report.step, report.saved) for report in result.saves] == [(8, True)]
+
+
+def test_a_resumed_run_without_dropout_of_state_would_differ(tmp_path):
+    """What the test above would miss if a checkpoint held the weights alone: Adam's moments and the learning rate."""
+    config = replace(TINY_RUN, steps=4)
+    checkpoints = Checkpoints(tmp_path)
+    train(replace(config, steps=2), run=run_in_threads, checkpoints=checkpoints)
+    resumed = train(config, run=run_in_threads, checkpoints=checkpoints, resume=True)
+    whole = train_on_one_device(config)
+    assert resumed.fingerprint == whole.fingerprint
+    assert [s.learning_rate for s in resumed.steps] == [s.learning_rate for s in whole.steps[2:]]
+    assert all(torch.equal(resumed.weights[name], tensor) for name, tensor in whole.weights.items())
+
+
+def test_a_finished_run_resumed_does_nothing_and_answers(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    first = train(TINY_RUN, run=run_in_threads, checkpoints=checkpoints)
+    again = train(replace(TINY_RUN, stages=3), run=run_in_threads, checkpoints=checkpoints, resume=True)
+    assert again.steps == [] and again.answers == first.answers
+
+
+def test_resume_where_nothing_was_saved_begins_at_the_beginning(tmp_path):
+    result = train(TINY_RUN, run=run_in_threads, checkpoints=Checkpoints(tmp_path / "new"), resume=True)
+    assert [step.number for step in result.steps] == [0, 1, 2]
+
+
+def test_what_cannot_be_resumed_is_refused_before_anything_starts(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+
+    def refused(config, match, **options):
+        with pytest.raises(ValueError, match=match):
+            train(config, run=None, **options)  # a run would be a TypeError
+
+    train(TINY_RUN, run=run_in_threads, checkpoints=checkpoints)
+    refused(TINY_RUN, "is a checkpoint of step 3: resume from it, or name another folder", checkpoints=checkpoints)
+    refused(replace(TINY_RUN, seed=1), "seed was 0 and is 1 now", checkpoints=checkpoints, resume=True)
+    refused(replace(TINY_RUN, steps=2), "has done 3 steps, more than the 2", checkpoints=checkpoints, resume=True)
+    other = replace(TINY_RUN, micro_batches=2)
+    refused(other, "micro_batches was 3 and is 2 now", checkpoints=checkpoints, resume=True)
+    refused(TINY_RUN, "resume needs checkpoints", resume=True)
+    refused(TINY_RUN, "save_every is 0", checkpoints=checkpoints, save_every=0)
+
+
+def test_a_save_that_fails_is_told_and_the_run_goes_on_by_choice(tmp_path):
+    (tmp_path / "in the way").write_text("a file")
+    nowhere = Checkpoints(tmp_path / "in the way" / "folder", on_failure="continue")
+    with pytest.warns(UserWarning, match="no checkpoint of step 3 was saved: .*could not be made"):
+        result = train(TINY_RUN, run=run_in_threads, checkpoints=nowhere)
+    assert len(result.steps) == 3 and [report.saved for report in result.saves] == [False]
+    with pytest.raises(CheckpointError, match="could not be made"):
+        train(TINY_RUN, run=run_in_threads, checkpoints=Checkpoints(nowhere.folder))
