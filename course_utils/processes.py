@@ -8,6 +8,9 @@
 
 Each process is a rank of torch.distributed over gloo on this machine. An exception, a crash, a wait without end or an
 interrupt of the cell ends all of them, with the first cause shown first, and leaves no process and no file behind.
+
+    run = start(hello, 3)  # returns at once
+    print(run.status())  # who waits for whom now, also while the run is stuck
 """
 
 import queue

@@ -30,10 +30,14 @@ Lists = list[list[Step]]  # one per rank
 
 
 class Outcome(NamedTuple):
-    """Which ranks wait for each other in the end, and for which ranks that have ended others wait."""
+    """Which ranks wait for each other in the end, and for which ranks that have ended others wait.
+
+    is_complete: nothing was begun by one side only, so that another list may follow.
+    """
 
     circles: frozenset[frozenset[int]]
     left_behind: frozenset[int]
+    is_complete: bool
 
     @property
     def is_fine(self) -> bool:
@@ -66,8 +70,13 @@ def simple_steps(steps: list[Step]) -> list[tuple[str, tuple[bool, str, int], in
     return simple + ([] if leaves else [("wait", *operation) for operation in begun])
 
 
+def other_side(what: tuple[bool, str, int], rank: int) -> tuple[bool, str, int]:
+    """What the peer has to begin."""
+    return what[0], "recv" if what[1] == "send" else "send", rank
+
+
 def expected(lists: Lists) -> Outcome:
-    """Play the lists. A send ends when the peer has begun as many receives, a receive when it has begun as many sends."""
+    """Play the lists: a message moves when both sides have begun it, and in each direction one after another."""
     rows = [simple_steps(steps) for steps in lists]
     place = [0] * len(lists)
     begun: list[Counter[tuple[bool, str, int]]] = [Counter() for _ in lists]
@@ -79,10 +88,10 @@ def expected(lists: Lists) -> Outcome:
             needs.pop(rank, None)
             while place[rank] < len(row):
                 what_to_do, what, number = row[place[rank]]
-                control, direction, peer = what
+                peer = what[-1]
                 if what_to_do == "begin":
                     begun[rank][what] += 1
-                elif begun[peer][control, "recv" if direction == "send" else "send", rank] < number:
+                elif begun[peer][other_side(what, rank)] < number:
                     needs[rank] = peer
                     break
                 place[rank] += 1
@@ -94,7 +103,12 @@ def expected(lists: Lists) -> Outcome:
             for b in ranks:
                 leads[a][b] = leads[a][b] or (leads[a][through] and leads[through][b])
     circles = {frozenset(b for b in ranks if leads[a][b] and leads[b][a]) for a in ranks if leads[a][a]}
-    return Outcome(frozenset(circles), frozenset(peer for peer in needs.values() if peer not in needs))
+    in_pairs = [begun[what[-1]][other_side(what, rank)] == n for rank in ranks for what, n in begun[rank].items()]
+    return Outcome(
+        frozenset(circles),
+        frozenset(peer for peer in needs.values() if peer not in needs),
+        all(in_pairs),
+    )
 
 
 # --- Random lists ---------------------------------------------------------------------------------------------------
@@ -198,3 +212,10 @@ def play(worker: Worker, lists: Lists) -> None:
             return
     for operation in begun:
         transport.wait(operation)
+
+
+def play_all(worker: Worker, many: list[Lists]) -> None:
+    """One after another; lists for fewer ranks leave the others out."""
+    for lists in many:
+        if worker.rank < len(lists):
+            play(worker, lists)

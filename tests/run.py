@@ -16,7 +16,7 @@ from pathlib import Path
 
 COURSE = Path(__file__).resolve().parents[1]
 RESULTS = COURSE / ".test-results"
-BUDGETS = {"test": 480, "test --smoke": 120, "check": 120}  # seconds on two cores, all steps together
+BUDGETS = {"test": 720, "test --smoke": 120, "check": 120}  # seconds on two cores, all steps together
 LESSON_BUDGET = {"11": 150}  # the capstone trains a model
 ANY_LESSON_BUDGET = 45
 QUICK = "not slow and not network and not gpu"
@@ -52,7 +52,7 @@ def plan(which: str, notebooks: bool) -> list[Step]:
     ]
     if which == "check":
         return [*steps, Step("quick tests", ("pytest", "-m", QUICK), 90, "quick")]
-    steps.append(Step("tests", ("pytest",), 360, "tests"))
+    steps.append(Step("tests", ("pytest",), 570, "tests"))
     if notebooks:
         # Two at a time, but the cells of one notebook in one process: they depend on each other.
         workers = str(min(2, os.cpu_count() or 1))

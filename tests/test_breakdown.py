@@ -96,6 +96,10 @@ def test_a_step_by_hand() -> None:
         Parts(compute=8, recompute=0, sending=0, bubble=3, slow_neighbour=0, rest=1),
     )
     assert parts.total == Parts(11, 0, 0, 8.5, 2.5, 2)
+    backwards = Timeline(2, "recorded in another order")
+    for interval in reversed(list(timeline)):
+        backwards.add(*interval)
+    assert breakdown(backwards, gpipe(2, 1)) == parts
 
 
 def test_what_was_measured_can_be_simulated() -> None:
@@ -212,6 +216,7 @@ def test_equal_stages_and_what_was_lost_most() -> None:
         "27.3% of the total time is bubble (GPipe's convention; Megatron-LM's: 37.5% of the ideal time), mostly" in even
     )
     assert "recomput" not in even
+    assert "No stage is much slower" in sentences(simulate(gpipe(2, 8), [1, 1.05]), gpipe(2, 8))
     assert "mostly" not in sentences(simulate(gpipe(1, 2)), gpipe(1, 2))
     assert "because of messages and other work." in sentences(simulate(gpipe(2, 2), transfer=100), gpipe(2, 2))
     unequal = sentences(simulate(gpipe(3, 50), [1, 1, 9], [1, 1, 9]), gpipe(3, 50))

@@ -14,7 +14,7 @@ from course_utils.threads import run_in_threads
 from course_utils.timeline import Timeline, merge
 from course_utils.transports import Worker
 
-WRONG_BY = [0.0, 5.25, -1000.0, 3e6]  # seconds; a clock may have started at any time
+WRONG_BY = [0.0, 5.2512345678, -1000.0, 3e6 + 0.123456]  # seconds; a clock may have started at any time
 
 
 def compare(worker: Worker, rounds: int = 20, jitter: float = 0.0) -> tuple[Offsets, float, float]:

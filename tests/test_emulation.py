@@ -59,13 +59,16 @@ def test_order_and_times_of_each_schedule(name: str, policy: str) -> None:
     assert waits == {(stage, m) for stage in range(3) for m in range(3)}
 
 
-def test_a_step_takes_as_long_as_the_simulation_says() -> None:
-    """Usually 2 to 5 % longer; the best of three counts."""
-    schedule = one_f_one_b(3, 4)
-    expected = simulate(schedule, 0.02, 0.02).makespan
+@pytest.mark.parametrize("schedule", [one_f_one_b(3, 4), gpipe(4, 1)])
+def test_a_step_takes_as_long_as_the_simulation_says(schedule: Schedule) -> None:
+    """Usually 2 to 5 % longer; the best of three counts.
+
+    In GPipe with one micro-batch the last rank ends a step long before the first one, and must not begin the next.
+    """
+    expected = simulate(schedule, 0.01, 0.02).makespan
     ratios = []
     while len(ratios) < 3 and min(ratios, default=9) > 1.3:
-        ratios.append(emulate(schedule, 0.02, 0.02, run=run_in_threads).makespan / expected)
+        ratios.append(emulate(schedule, 0.01, 0.02, run=run_in_threads).makespan / expected)
     assert 1 <= min(ratios) <= 1.3, ratios
 
 

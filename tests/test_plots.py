@@ -164,7 +164,7 @@ def test_the_legend_has_what_occurs() -> None:
 
 def test_timelines_below_each_other() -> None:
     """With one unit they have one scale, and the shorter one is not idle after its end."""
-    long, short = recorded(), simulate(gpipe(3, 2))
+    long, short = recorded(), simulate(gpipe(3, 1))
     short.unit = long.unit
     figure = draw_timelines([long, short])
     assert [axes.get_title() for axes in figure.axes] == ["made by hand", short.label]
@@ -185,7 +185,7 @@ def test_timelines_below_each_other() -> None:
 
 def heights(figure: Figure, rank: int) -> dict[tuple, list[float]]:
     """For each look the height of its outline in this lane, column by column."""
-    found = {}
+    found, bottom = {}, rank + 0.4
     for collection in figure.axes[0].collections:
         for path in collection.get_paths():
             corners = path.vertices[:-1]
@@ -193,6 +193,8 @@ def heights(figure: Figure, rank: int) -> dict[tuple, list[float]]:
             if rank - 0.5 < down[0] <= rank + 0.5:
                 look = (collection.get_hatch(), tuple(collection.get_facecolor()[0][:3]))
                 found[look] = (down - up[::-1])[::2].tolist()
+                assert down == pytest.approx(bottom)  # each stands on the one before
+                bottom = up[::-1]
     return found
 
 
@@ -227,6 +229,7 @@ def test_narrow_boxes_are_drawn_as_shares_and_wide_ones_are_not() -> None:
     for i in range(100):  # short waits and sends do not count
         measured.add(0, "ws"[i % 2], 0, 0, 50 + i / 1000, 50 + (i + 1) / 1000)
     assert not is_in_shares(measured)
+    assert is_in_shares(a_million(num_ranks=60, num_intervals=6000))  # wide, but too many
     short = simulate(gpipe(1, 10), 0.001, 0.001)
     assert is_in_shares(short, measured) and not is_in_shares(short)  # beside a long one it is only a dot
 
@@ -280,6 +283,7 @@ def test_names_only_where_there_is_room() -> None:
 
     assert names(simulate(gpipe(1, 2))) == ["B0", "B1", "F0", "F1"]
     assert names(simulate(gpipe(8, 32))) == []
+    assert names(with_everything()) == ["B0", "B0", "F0", "F0", "R0"]  # not where a rank waits
     assert names(simulate(looped(1, 2, 1))) == ["0B0", "0F0", "1B0", "1F0"]
     assert set(name[0] for name in names(simulate(gpipe(4, 16), 1, 3))) == {"B"}
 

@@ -175,7 +175,7 @@ def test_columns_and_intervals_give_the_same(seed: int) -> None:
     lengths = [[i.end - i.start for i in intervals if i.rank == r and i.kind in "FBR"] for r in range(3)]
     makespan = max([i.end for i in intervals], default=0.0) - min([i.start for i in intervals], default=0.0)
     assert timeline.makespan == makespan
-    assert [timeline.busy(rank) for rank in range(3)] == list(map(math.fsum, lengths))
+    assert [timeline.busy(rank) for rank in range(3)] == pytest.approx(list(map(math.fsum, lengths)), abs=1e-9)
     assert timeline.idle() == pytest.approx(3 * makespan - sum(map(sum, lengths)), abs=1e-9)
     if makespan:
         useful = math.fsum(i.end - i.start for i in intervals if i.kind in "FB")

@@ -2,10 +2,11 @@
 # # 11 · Train it all
 #
 # **You will be able to** train an encoder-decoder Transformer over two stages with the GPipe schedule, say how much of
-# the time each stage stands idle and why, and show that the pipeline computes, to the last bit, what one device computes.
+# the time each stage stands idle and why, count the memory that it needs, kill the run and resume it, and show that all
+# this computes, to the last bit, what one device computes.
 #
 # **You need** PyTorch's training loop, and what attention and an encoder's memory are. One *stage* is one process here,
-# and a process has a *rank*: stage 0 is on rank 0. **Minutes:** 15 to read, 2 to run.
+# and a process has a *rank*: stage 0 is on rank 0. **Minutes:** 20 to read, 3 to run.
 #
 # This is where the course leads. A Transformer reads a number digit by digit and writes it in words; one process holds the
 # encoder, another the decoder, and while they train neither sees the other's weights. No GPU is needed: the two stages are two
@@ -40,7 +41,7 @@ print("tokens to predict:", small.num_tokens, "in", small.target_output.numel(),
 from course_utils.stages import stage_table
 from course_utils.training import TrainingConfig
 
-config = TrainingConfig(stages=2, micro_batches=8, schedule="gpipe")
+config = TrainingConfig(stages=2, micro_batches=8, schedule="gpipe", precision="auto")
 print(stage_table(config.cut.builders, config.cut.partition))
 
 # %% [markdown]
@@ -87,28 +88,17 @@ from course_utils.plots import describe_curve, describe_timeline, draw_curve, dr
 show(draw_timeline(predicted), says=describe_timeline(predicted))
 
 # %% [markdown]
-# ### And with the stages as they are
-# Now the time of each block is measured here, on one thread, forward and backward together, and the schedule is priced with
-# what each stage needs. It is still a simulation, and says so, but with your machine's costs. Which stage will wait more?
+# ## Which numbers
+# Matrix products may be computed with numbers of 16 bits instead of 32, *bfloat16*, while weights, gradients and the
+# optimizer stay as they are. Whether that is faster depends on the machine, and on the size of the products: every operand
+# has to be converted first. `precision="auto"` lets a measurement decide: one layer of this model, on one micro-batch. It is
+# made once, so that all runs below compute with the same numbers.
 
 # %%
-from course_utils.stages import measure_costs
-from course_utils.training import micro_batches_of
+from course_utils.training import with_precision
 
-example = micro_batches_of(config, numbers=tuple(range(100_000, 101_000)), step=0)[0]
-costs = measure_costs(config.cut.builders, example, seed=0)
-per_stage = [1000 * sum(costs[i] for i in blocks) for blocks in config.cut.partition]
-print("milliseconds per micro-batch and stage:", [round(cost, 1) for cost in per_stage])
-
-# %%
-one_third, two_thirds = [c / 3 for c in per_stage], [2 * c / 3 for c in per_stage]
-priced = simulate(schedule, forward=one_third, backward=two_thirds)
-priced.label = "simulated with the measured costs of each stage, backward = 2 x forward"
-priced.unit = "milliseconds"
-show(draw_timeline(priced), says=describe_timeline(priced))
-
-# %% [markdown]
-# The lighter stage pays twice: for the bubble of the schedule, and for its slower neighbour.
+config = with_precision(config)
+print("matrix products in", config.precision)
 
 # %% [markdown]
 # ## First the bits
@@ -124,7 +114,7 @@ from course_utils.training import train, train_on_one_device
 
 short = replace(config, steps=20, held_out=0)
 one_device = train_on_one_device(short)
-two_stages = train(short)
+two_stages = train(short, record=[10])
 
 # %% tags=["claim:same-bits"]
 print("one device:", one_device.fingerprint)
@@ -152,6 +142,52 @@ print(f"one device {one_device.seconds:.1f} s, two stages {two_stages.seconds:.1
 # Do not expect 2, and do not be surprised by less than 1. The model is tiny: every micro-batch costs a fixed time in Python
 # and in messages, the stages are unequal, and one device has neither trouble. A pipeline is for the model that does not
 # *fit* on one device; here it is cut so that you can see how. On that day the bits must be right.
+
+# %% [markdown]
+# ## Where the time went
+# Step 10 of the run above was recorded: when each stage computed, waited for a message, sent one. Below it stands a simulation
+# of the same schedule with the mean times of these stages, in which messages take no time. Before you look: which of the two
+# stages waits more, and for what?
+
+# %%
+from course_utils.breakdown import describe, predict
+from course_utils.plots import draw_timelines
+
+measured = two_stages.timelines[10]
+simulated = predict(measured, schedule)
+both = f"{describe_timeline(measured)} {describe_timeline(simulated)}"
+show(draw_timelines([measured, simulated]), says=both)
+
+# %% [markdown]
+# The measured step has what the simulation leaves out: messages under way, other work of this machine, actions that take
+# longer one time than another. The table divides the time of every rank into parts that add up:
+
+# %%
+print(describe(measured, schedule))
+
+# %% [markdown]
+# ## What each stage keeps
+# Memory can be counted as exactly as time. The *stash* is what a stage keeps of every micro-batch from its forward to its
+# backward; Adam keeps two numbers for each weight. GPipe runs all forwards first. How many micro-batches does each stage
+# keep at once, and how many would it be with 1F1B, which begins with the backwards as soon as it can?
+
+# %%
+from course_utils.memory import describe_memory, measure_memory, memory_table
+
+memory = measure_memory(config)
+print(memory_table(memory))
+print(describe_memory(memory, schedule))
+
+# %% tags=["claim:stash"]
+from course_utils.schedules import one_f_one_b
+
+early_backwards = measure_memory(config, one_f_one_b(num_stages=2, num_micro_batches=8))
+for gpipe_rank, rank in zip(memory, early_backwards):
+    print(f"rank {rank.rank}: {gpipe_rank.stash:,} bytes of stash with GPipe, {rank.stash:,} with 1F1B")
+    assert rank.stash < gpipe_rank.stash / 2
+
+# %% [markdown]
+# With 1F1B stage 0 keeps two micro-batches and stage 1 keeps one, however many there are; the bubble is the same.
 #
 # What is asked for and cannot be done is refused before anything starts. Eight blocks cannot fill nine stages:
 
@@ -228,15 +264,60 @@ my_numbers = [123, 2026, 45, 808_080, 1_234_567]
 for number, words in zip(my_numbers, answer(config, result.weights, my_numbers), strict=True):
     print(f"{number:>7}  {words}")
 
+# %% [markdown]
+# ## Killed, and resumed
+# Long runs get killed. So every few steps each stage saves its weights, Adam's numbers and its part of the fingerprint; a
+# checkpoint counts only when all stages have written theirs. Here the process of stage 1 is killed after step 12, as the
+# system does when memory runs out. The last checkpoint is that of step 10. Which string will a run have that is resumed from
+# it, on *one* stage?
+
+# %%
+import tempfile
+
+from course_utils.checkpoint import Checkpoints
+from course_utils.processes import StageError, start
+
+folder = tempfile.TemporaryDirectory()
+checkpoints = Checkpoints(folder.name)
+
+
+def run_until_killed(function, num_ranks, *arguments, on_event):
+    def watch(rank, event):
+        on_event(rank, event)
+        if getattr(event, "number", None) == 12:
+            run.kill(1)
+
+    run = start(function, num_ranks, *arguments, on_event=watch)
+    return run.result()
+
+
+try:
+    train(short, run=run_until_killed, checkpoints=checkpoints, save_every=5)
+except StageError as error:
+    print(str(error).splitlines()[0])
+
+# %% tags=["claim:resumed"]
+resumed = train(replace(short, stages=1), checkpoints=checkpoints, save_every=5, resume=True)
+folder.cleanup()
+print("first step after the resume:", resumed.steps[0].number)
+print("resumed on one stage:", resumed.fingerprint)
+assert resumed.fingerprint == two_stages.fingerprint
+
+# %% [markdown]
+# The string of the run that nobody killed.
+
 # %% [markdown] tags=["summary"]
 # ## What you know now
 # - The same micro-batches give the same bits, on one device and on two stages. <!-- shown: same-bits -->
 # - Other micro-batches give other bits: floating-point sums depend on how they are cut. <!-- shown: pieces -->
 # - With equal stages GPipe's bubble is $(K-1)/(M+K-1)$ of the total time. <!-- shown: bubble -->
+# - 1F1B keeps less than half of what GPipe keeps here. <!-- shown: stash -->
+# - A run that is killed and resumed with another number of stages ends with the same bits. <!-- shown: resumed -->
 # - A model whose halves were apart while it learnt and was examined reads at least 97 % right. <!-- shown: exam -->
 #
 # **Kept for later:** `train`, `train_on_one_device` and `answer` in `course_utils/training.py`; the executor in
-# `course_utils/pipeline.py`; schedules in `course_utils/schedules.py`.
+# `course_utils/pipeline.py`; schedules in `course_utils/schedules.py`; where time and memory went in
+# `course_utils/breakdown.py` and `memory.py`; `Checkpoints` in `course_utils/checkpoint.py`.
 
 # %% [markdown]
 # ## Questions
