@@ -23,7 +23,7 @@ class Stage:
     process: BaseProcess
     control: Connection
     output: Connection
-    watched: psutil.Process | None = None  # knows whether the process is stopped, and whether it is still the same
+    watched: psutil.Process | None = field(init=False)  # knows whether it is stopped, and never takes another for it
     messages: _pipes.Messages = field(default_factory=_pipes.Messages)
     line: bytes = b""
     is_ready: bool = False
@@ -42,7 +42,7 @@ class Stage:
 
     @property
     def condition(self) -> str:
-        """ "frozen" for a process that is stopped by SIGSTOP or a debugger, "died" if there is none any more, or ""."""
+        """What its process cannot say: "frozen" by SIGSTOP or a debugger, "died" if it is no more, else nothing."""
         try:
             status = self.watched.status() if self.watched else psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:

@@ -18,10 +18,10 @@ from course_utils.number_words import Batch, split_numbers
 from course_utils.pipeline import Pipeline, Tensors
 from course_utils.precision import LOW_PRECISION
 from course_utils.processes import launch
-from course_utils.recipes import TrainingConfig
+from course_utils.recipes import TrainingConfig, micro_batches_of, with_precision
 from course_utils.schedules import SCHEDULES, Action, Schedule, rematerialise
 from course_utils.stages import CutModel, Stage
-from course_utils.training import TrainingState, micro_batches_of, with_precision
+from course_utils.training_state import TrainingState
 from course_utils.transfer import agree
 from course_utils.transports import Worker
 from course_utils.validity import validate

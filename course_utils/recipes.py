@@ -1,15 +1,15 @@
 """Everything that decides the outcome of a run, and the two recipes of the course."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from course_utils.number_words import split_numbers
+from course_utils.number_words import Batch, batch, split_numbers
 from course_utils.optimization import LossScaler, Noam
 from course_utils.precision import LOW_PRECISION, resolve
 from course_utils.schedules import POLICIES, SCHEDULES
 from course_utils.stages import CutModel, by_count
-from course_utils.transformer import TransformerConfig, block_builders
+from course_utils.transformer import EncoderLayer, TransformerConfig, block_builders
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,27 @@ class TrainingConfig:
     def max_tokens(self) -> int:
         """The longest answer: a word per digit, and the end token."""
         return len(str(self.highest)) + 1
+
+
+def micro_batches_of(config: TrainingConfig, numbers: tuple[int, ...], step: int) -> list[Batch]:
+    """The micro-batches of a step: every rank makes the same ones."""
+    whole = batch(numbers, seed=config.seed, step=step, size=config.batch_size)
+    return whole.split(config.micro_batches, trim=config.trim_padding)
+
+
+def with_precision(config: TrainingConfig) -> TrainingConfig:
+    """The configuration with "auto" decided: by a layer of its model on a micro-batch as it will be."""
+    if config.precision != "auto":
+        return config
+    micro_batch = micro_batches_of(config, tuple(range(config.highest, config.highest - config.batch_size, -1)), 0)[0]
+    layer = next(b for b in block_builders(config.model) if b.kind is EncoderLayer).build(config.seed)
+    hidden = torch.ones(micro_batch.rows, micro_batch.source_length, config.model.d_model, requires_grad=True)
+
+    def forward_and_backward() -> None:
+        result, _ = layer((hidden, None), micro_batch, None)
+        result.sum().backward()
+
+    return replace(config, precision=resolve(config.precision, work=forward_and_backward))
 
 
 RECIPES = {

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from course_utils.number_words import Batch
 from course_utils.pipeline import sum_over_tokens
-from course_utils.training import TrainingConfig, micro_batches_of
+from course_utils.recipes import TrainingConfig, micro_batches_of
 from course_utils.transformer import TransformerConfig
 
 TINY = TransformerConfig(d_model=16, heads=2)

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from course_utils import training
+from course_utils import training_state
 from course_utils.memory import MeteredPipeline
 from course_utils.number_words import split_numbers
 from course_utils.optimization import LossScaler, Noam, clip_by_global_norm, gradient_norms
@@ -302,7 +302,7 @@ def by_torch(config: TrainingConfig, growth_interval: int) -> tuple[dict[str, Te
 def test_a_training_with_overflows_ends_with_the_weights_of_torch_s_scaler(monkeypatch, schedule, precision):
     config = replace(SHORT, steps=9, loss_scale=3.0 * 2.0**120, precision=precision)
     tamper(monkeypatch, ONE_OF_EACH_STAGE[1], too_large(config, ONE_OF_EACH_STAGE[1]))
-    monkeypatch.setattr(training, "LossScaler", partial(LossScaler, growth_interval=3))
+    monkeypatch.setattr(training_state, "LossScaler", partial(LossScaler, growth_interval=3))
     result = train(config, schedule, run=run_in_threads)
     weights, scales, skipped = by_torch(config, growth_interval=3)
     assert [step.loss_scale for step in result.steps] == scales

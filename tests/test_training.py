@@ -65,9 +65,9 @@ def test_a_rank_without_stages_joins_in(schedule):
 
 def poison(config: TrainingConfig, monkeypatch: pytest.MonkeyPatch, at_call: int, stage: int) -> None:
     """Make the gradients of one stage not finite in one step."""
-    from course_utils import training
+    from course_utils import training_state
 
-    original, calls = training.gradient_norms, []
+    original, calls = training_state.gradient_norms, []
 
     def poisoned(parameters, num_norms):
         parameters = list(parameters)
@@ -78,7 +78,7 @@ def poison(config: TrainingConfig, monkeypatch: pytest.MonkeyPatch, at_call: int
 
     first_names = [name for name, _ in config.cut.build(stage, 0).named_parameters_globally()]
     stage_start = config.cut.parameter_names.index(first_names[0])
-    monkeypatch.setattr(training, "gradient_norms", poisoned)
+    monkeypatch.setattr(training_state, "gradient_norms", poisoned)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])

@@ -39,7 +39,7 @@ print("tokens to predict:", small.num_tokens, "in", small.target_output.numel(),
 
 # %% tags=["nbval-check-output"]
 from course_utils.stages import stage_table
-from course_utils.training import TrainingConfig
+from course_utils.recipes import TrainingConfig, with_precision
 
 config = TrainingConfig(stages=2, micro_batches=8, schedule="gpipe", precision="auto")
 print(stage_table(config.cut.builders, config.cut.partition))
@@ -95,8 +95,6 @@ show(draw_timeline(predicted), says=describe_timeline(predicted))
 # made once, so that all runs below compute with the same numbers.
 
 # %%
-from course_utils.training import with_precision
-
 config = with_precision(config)
 print("matrix products in", config.precision)
 

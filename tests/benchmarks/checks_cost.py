@@ -19,9 +19,9 @@ from torch import Tensor
 
 from course_utils.number_words import Batch, split_numbers
 from course_utils.pipeline import sum_over_tokens
+from course_utils.recipes import TrainingConfig, micro_batches_of
 from course_utils.schedules import Message
 from course_utils.stages import CutModel, Stage
-from course_utils.training import TrainingConfig, micro_batches_of
 from course_utils.transfer import Specs, StepPlan, check_digests, check_tensor
 
 NO_TRANSPORT: Any = None  # equal digests are compared without a message

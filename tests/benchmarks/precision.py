@@ -16,10 +16,9 @@ import torch
 from course_utils.number_words import Batch
 from course_utils.pipeline import Pipeline
 from course_utils.precision import LOW_PRECISION
-from course_utils.recipes import TrainingConfig
+from course_utils.recipes import TrainingConfig, micro_batches_of, with_precision
 from course_utils.schedules import gpipe
 from course_utils.threads import run_in_threads
-from course_utils.training import micro_batches_of, with_precision
 from course_utils.transports import Worker
 
 MICRO_BATCHES = (1, 8)

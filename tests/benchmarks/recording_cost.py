@@ -18,10 +18,10 @@ import torch
 from course_utils.emulation import emulate
 from course_utils.number_words import split_numbers
 from course_utils.pipeline import Pipeline
+from course_utils.recipes import TrainingConfig, micro_batches_of
 from course_utils.schedules import SCHEDULES, Action, rematerialise
 from course_utils.threads import run_in_threads
 from course_utils.timeline import Timeline
-from course_utils.training import TrainingConfig, micro_batches_of
 from tests.benchmarks.checks_cost import run_step, seconds_of
 
 RECORDS = 2000  # that are timed together

@@ -16,9 +16,8 @@ import torch.distributed as dist
 from course_utils.memory import measure_memory
 from course_utils.pipeline import Pipeline
 from course_utils.processes import launch
-from course_utils.recipes import TrainingConfig
+from course_utils.recipes import TrainingConfig, micro_batches_of
 from course_utils.schedules import POLICIES, gpipe, rematerialise
-from course_utils.training import micro_batches_of
 from course_utils.transfer import agree
 from course_utils.transports import Worker
 

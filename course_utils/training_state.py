@@ -1,0 +1,97 @@
+"""One rank between two steps: its weights, and all that decides how they change next."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from course_utils.checkpoint import Manifest, RankState, collect, restore
+from course_utils.fingerprints import LOSSES, StageRecord
+from course_utils.optimization import LossScaler, Noam, clip_by_global_norm, gradient_norms
+from course_utils.recipes import TrainingConfig
+from course_utils.stages import Stage
+
+
+@dataclass
+class Step:
+    """What a step of training reports."""
+
+    number: int
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+    tokens: int
+    skipped: bool
+    loss_scale: float
+
+
+class TrainingState:
+    """What changes from step to step on one rank: its weights, and all that decides how they change next.
+
+    Args:
+        stages: those of this rank; there may be none.
+        names: of all parameters of the model, in model order.
+    """
+
+    def __init__(self, config: TrainingConfig, stages: Iterable[Stage], names: list[str]):
+        self.config, self.steps_done, self.stages = config, 0, list(stages)
+        self.named = [pair for stage in self.stages for pair in stage.named_parameters_globally()]
+        self.parameters: list[Tensor] = [parameter for _, parameter in self.named]
+        self.place = {name: i for i, name in enumerate(names)}
+        # Adam with the settings of Vaswani et al. (2017), section 5.3
+        self.optimizer = torch.optim.Adam([{"params": self.parameters}], lr=1.0, betas=(0.9, 0.98), eps=1e-9)
+        self.noam = Noam(self.optimizer, config.model.d_model, config.warm_up, config.learning_rate_factor)
+        is_scaled = config.precision == "fp16" or config.loss_scale is not None
+        self.scaler = LossScaler(config.loss_scale or DEFAULT_LOSS_SCALE, enabled=is_scaled)
+        self.record = StageRecord()
+
+    def take_in(self, losses: dict[int, Tensor]) -> Tensor:
+        """After the backwards: the norms of this rank's gradients, (number of parameters of the model,) float32."""
+        self.scaler.unscale(self.parameters)
+        self.record.add_losses(losses)
+        if self.steps_done < self.config.recorded_steps:
+            self.record.add_gradients(self.named)
+        own = ((self.place[name], parameter) for name, parameter in self.named)
+        return gradient_norms(own, len(self.place))
+
+    def update(self, norms: Tensor, losses: dict[int, Tensor], num_tokens: int) -> Step:
+        """Change the weights, or skip the step: all ranks decide alike, because they see the norms of all."""
+        learning_rate, loss_scale = float(self.noam.get_last_lr()[0]), self.scaler.scale
+        norm = clip_by_global_norm(self.parameters, norms, self.config.max_norm)
+        skipped = not math.isfinite(norm)
+        if not skipped:
+            self.optimizer.step()
+            self.noam.step()
+        self.scaler.update(skipped)
+        self.steps_done += 1
+        loss = sum(loss.item() for loss in losses.values())
+        return Step(self.steps_done - 1, loss, norm, learning_rate, num_tokens, skipped, loss_scale)
+
+    def to_save(self) -> RankState:
+        """What a checkpoint needs of this rank."""
+        return RankState(
+            step=self.steps_done,
+            stages={s.index: collect(s.named_parameters_globally(), self.optimizer) for s in self.stages},
+            record=self.record.summary(),
+            shared={"noam": self.noam.state_dict(), "loss_scaler": self.scaler.state_dict()},
+            config=asdict(self.config),
+        )
+
+    def resume(self, manifest: Manifest) -> None:
+        """Go on where a run of any number of stages was saved. Raises CheckpointError."""
+        restore(manifest, self.named, self.optimizer)
+        self.noam.load_state_dict(dict(manifest.shared["noam"]))
+        for group, learning_rate in zip(self.optimizer.param_groups, self.noam.get_last_lr(), strict=True):
+            group["lr"] = learning_rate
+        self.scaler.load_state_dict(dict(manifest.shared["loss_scaler"]))
+        own = [name for name, _ in self.named] + [LOSSES for stage in self.stages if stage.is_last]
+        self.record = StageRecord(manifest.record_of(own))
+        self.steps_done = manifest.step
+
+    def dropout_key(self) -> tuple[int, int] | None:
+        return (self.config.seed, self.steps_done) if self.config.model.dropout > 0 else None
+
+
+DEFAULT_LOSS_SCALE = 65536.0  # as torch.amp.GradScaler
