@@ -65,6 +65,7 @@ def look(folder: Path, stages: list[Stage], world_size: int) -> Snapshot:
 
 def complete(state: RankState, stage: Stage, somebody_failed: bool) -> RankState:
     """What a rank has written down, and what its process does not know or cannot say any more."""
+    condition = stage.condition  # first: a process that ends well does so after its result has come
     if state.state == "starting":
         state = replace(state, text="its start")
     if stage.result:
@@ -76,7 +77,7 @@ def complete(state: RankState, stage: Stage, somebody_failed: bool) -> RankState
         return replace(state, state=kind, how=failure.how or failure.summary.split("\n")[0])
     if state.state == "gave up" and not somebody_failed:  # it has lived through that
         return RankState(stage.rank, "computing", "", state.seconds)
-    if condition := stage.condition:
+    if condition:
         return replace(state, state=condition, how="a moment ago")
     return state
 

@@ -107,7 +107,8 @@ class Watcher:
         """What all stages do now; of a run that has ended, what they did then. From any thread."""
         if self.last is None and self.folder is not None:
             with suppress(OSError, ValueError):  # the file is just being made, or has just been removed
-                return _stage_view.look(self.folder, self.stages, self.world_size)
+                snapshot = _stage_view.look(self.folder, self.stages, self.world_size)
+                return self.last or snapshot  # since `last` is known processes have been ended
         return self.last or Snapshot([RankState(rank, "starting") for rank in range(self.world_size)])
 
     def stacks(self) -> dict[int, str]:

@@ -210,7 +210,7 @@ def collect(named: Iterable[tuple[str, Tensor]], optimizer: Optimizer) -> dict[s
 def tell_all(transport: Transport, mine: Any, what: str) -> list[Any]:
     """What every rank has to say, by rank. It travels as JSON: nothing that arrives can be code."""
     text = as_json(mine)
-    lengths = Gathering(transport, 8, f"the length of {what}").share(as_bytes(len(text).to_bytes(8)))
+    lengths = Gathering(transport, 8, what).share(as_bytes(len(text).to_bytes(8)))
     longest = max(int.from_bytes(length.numpy().tobytes()) for length in lengths)
     texts = Gathering(transport, longest, what).share(as_bytes(text.ljust(longest)))
     return [json.loads(text.numpy().tobytes()) for text in texts]

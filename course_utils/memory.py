@@ -14,11 +14,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from course_utils.number_words import Batch, split_numbers
+from course_utils.number_words import Batch
 from course_utils.pipeline import Pipeline, Tensors
 from course_utils.precision import LOW_PRECISION
 from course_utils.processes import launch
-from course_utils.recipes import TrainingConfig, micro_batches_of, with_precision
+from course_utils.recipes import TrainingConfig, micro_batches_of, numbers_of, with_precision
 from course_utils.schedules import SCHEDULES, Action, Schedule, rematerialise
 from course_utils.stages import CutModel, Stage
 from course_utils.training_state import TrainingState
@@ -185,9 +185,7 @@ class MeteredPipeline(Pipeline):
 
     def backward(self, action: Action, arrived: Tensors) -> Tensors:
         self.look(arrived)
-        carry = self.stash[action[1:]]
         result = super().backward(action, arrived)
-        self.ledger.forget("graph", carry)
         self.look(result)
         return result
 
@@ -247,7 +245,7 @@ def measure_rank(
     pipeline = engine(
         stages, schedule, worker.transport, cut.carry_after, low_precision=low_precision, wire_dtype=wire_dtype
     )
-    numbers = split_numbers(config.lowest, config.highest, config.training_numbers, config.held_out, config.seed)
+    numbers = numbers_of(config)
     micro_batches = micro_batches_of(config, numbers.training, 0)
     plan, num_tokens = pipeline.plan(micro_batches), sum(m.num_tokens for m in micro_batches)
     for _ in range(2):

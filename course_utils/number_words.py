@@ -7,6 +7,7 @@ Everything is a pure function of its arguments: a batch depends on (numbers, see
 different processes agree on a batch without sending it, and a run resumed at step 700 sees what it would have seen.
 """
 
+import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -116,6 +117,26 @@ def split_numbers(
         exam += own_exam
     random.Random(f"order, seed {seed}").shuffle(exam)
     return Split(training=tuple(others), held_out=tuple(exam))
+
+
+def repeat_rare_lengths(numbers: Sequence[int], share: float = 0.04, at_most: int = 10) -> tuple[int, ...]:
+    """The same numbers, those of a rare length several times, so that batches drawn from them hold more of it.
+
+    There are only 90 numbers with two digits. Drawn one by one from 20,000 of all lengths they are seen so seldom that
+    most of a model's mistakes are theirs.
+
+    Args:
+        share: each length is repeated until it makes about this share of `numbers` ...
+        at_most: ... but no number stands there more often than this.
+    """
+    lengths: dict[int, list[int]] = {}
+    for number in numbers:
+        lengths.setdefault(len(str(number)), []).append(number)
+    repeated: list[int] = []
+    for same_length in lengths.values():
+        times = math.ceil(share * len(numbers) / len(same_length))
+        repeated += same_length * max(1, min(at_most, times))
+    return tuple(repeated)
 
 
 def _by_length(lowest: int, highest: int) -> list[range]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from course_utils.number_words import Batch, batch, split_numbers
+from course_utils.number_words import Batch, Split, batch, repeat_rare_lengths, split_numbers
 from course_utils.optimization import LossScaler, Noam
 from course_utils.precision import LOW_PRECISION, resolve
 from course_utils.schedules import POLICIES, SCHEDULES
@@ -21,8 +21,8 @@ class TrainingConfig:
     schedule: str = "gpipe"
     steps: int = 1200
     batch_size: int = 64
-    warm_up: int = 400
-    learning_rate_factor: float = 0.35  # at 1.0 the exact match swings by several per cent from step to step
+    warm_up: int = 150
+    learning_rate_factor: float = 0.2  # at 1.0 the exact match swings by several per cent from step to step
     max_norm: float = 1.0
     seed: int = 0
     model: TransformerConfig = field(default_factory=lambda: TransformerConfig(dropout=0.1))
@@ -77,6 +77,12 @@ class TrainingConfig:
     def max_tokens(self) -> int:
         """The longest answer: a word per digit, and the end token."""
         return len(str(self.highest)) + 1
+
+
+def numbers_of(config: TrainingConfig) -> Split:
+    """What a run trains on, rare lengths repeated, and what it is examined on."""
+    numbers = split_numbers(config.lowest, config.highest, config.training_numbers, config.held_out, config.seed)
+    return Split(repeat_rare_lengths(numbers.training), numbers.held_out)
 
 
 def micro_batches_of(config: TrainingConfig, numbers: tuple[int, ...], step: int) -> list[Batch]:

@@ -12,11 +12,11 @@ from torch import Tensor
 from course_utils.checkpoint import CheckpointError, Checkpoints, Manifest, SaveReport, compare_config
 from course_utils.decoding import as_words, greedy_decode
 from course_utils.fingerprints import fingerprint
-from course_utils.number_words import collate, split_numbers, to_words
+from course_utils.number_words import collate, to_words
 from course_utils.pipeline import Pipeline, sum_over_tokens
 from course_utils.precision import LOW_PRECISION, autocast
 from course_utils.processes import launch
-from course_utils.recipes import TrainingConfig, micro_batches_of, with_precision
+from course_utils.recipes import TrainingConfig, micro_batches_of, numbers_of, with_precision
 from course_utils.schedules import SCHEDULES, Schedule, forward_only, gpipe, rematerialise
 from course_utils.stages import CutModel, one_thread
 from course_utils.threads import run_in_threads
@@ -79,7 +79,7 @@ def train_rank(
         stages, schedule, worker.transport, cut.carry_after, low_precision=low_precision, wire_dtype=wire_dtype
     )
     agreement = StepAgreement(worker.transport, len(state.place))
-    numbers = split_numbers(config.lowest, config.highest, config.training_numbers, config.held_out, config.seed)
+    numbers = numbers_of(config)
     timelines: dict[int, Timeline] = {}
 
     micro_batches = micro_batches_of(config, numbers.training, state.steps_done)
@@ -230,7 +230,7 @@ def plain_loop(config: TrainingConfig) -> TrainingResult:
     low_precision = LOW_PRECISION.get(config.precision)
     model = config.cut.build(0, config.seed)
     state = TrainingState(config, [model], config.cut.parameter_names)
-    numbers = split_numbers(config.lowest, config.highest, config.training_numbers, config.held_out, config.seed)
+    numbers = numbers_of(config)
     steps = []
     started = time.perf_counter()
     while state.steps_done < config.steps:

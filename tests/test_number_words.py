@@ -21,6 +21,7 @@ from course_utils.number_words import (
     collate,
     even_sizes,
     fair_shares,
+    repeat_rare_lengths,
     split_numbers,
     to_words,
 )
@@ -276,3 +277,20 @@ def test_micro_batches_that_cannot_be_made_are_an_error(bad):
     with pytest.raises(ValueError, match="micro-batches") as error:
         collate([1, 2, 3]).split(bad)
     assert repr(bad) in str(error.value)
+
+
+# --- Rare lengths ----------------------------------------------------------------------------------------------------
+
+
+def test_rare_lengths_are_repeated_up_to_a_share_but_not_more_than_ten_times():
+    numbers = [*range(9), *range(10, 91), *range(100, 2000)]
+    repeated = Counter(repeat_rare_lengths(numbers, share=0.1, at_most=10))
+    assert set(repeated) == set(numbers)
+    times = {length: {repeated[n] for n in numbers if len(str(n)) == length} for length in (1, 2, 3, 4)}
+    assert times == {1: {10}, 2: {3}, 3: {1}, 4: {1}}  # 199 of 1990 would be a tenth: 22 times 9, 3 times 81
+
+
+def test_where_no_length_is_rare_nothing_is_repeated():
+    numbers = tuple(range(1000, 2000))
+    assert repeat_rare_lengths(numbers) == numbers
+    assert repeat_rare_lengths(()) == ()

@@ -106,7 +106,20 @@ def test_the_loss_scale_is_torch_s_bit_for_bit(scale):
     assert (sum(seen[2] for seen in ours) > 3) == (scale == 3e38)
 
 
-@settings(max_examples=60)
+def test_the_scale_stays_a_finite_float32():
+    scaler, theirs = LossScaler(2.0**126, growth_interval=1), torch.amp.GradScaler("cpu", 2.0**126, growth_interval=1)
+    parameter = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.0)
+    for expected in (2.0**127, 2.0**127, 2.0**127):
+        theirs.scale((parameter * 2.0**-30).sum()).backward()
+        theirs.step(optimizer)
+        theirs.update()
+        optimizer.zero_grad()
+        scaler.update(False)
+        assert scaler.scale == theirs.get_scale() == expected
+
+
+@settings(max_examples=40)
 @given(
     st.lists(st.booleans(), min_size=1, max_size=25),
     st.sampled_from([1.0, 7.0, 65536.0, 2.0**125]),

@@ -168,9 +168,9 @@ def seconds_per_policy(worker: Worker, config: TrainingConfig, schedules: dict[s
 def test_the_price_is_part_of_a_step():
     """A forward more to a forward and a backward: about a third. The limits are those of a machine that is busy."""
     model = replace(TINY, d_model=128, heads=4, dropout=0.1)
-    config = replace(EVEN, stages=1, batch_size=64, model=model)
+    config = replace(EVEN, stages=1, batch_size=32, model=model)
     schedules = {policy: rematerialise(gpipe(1, M), policy) for policy in ("never", "always")}
-    (seconds,) = run_in_threads(seconds_per_policy, 1, config, schedules, 7)
+    (seconds,) = run_in_threads(seconds_per_policy, 1, config, schedules, 6)
     ratios = [a / n for a, n in zip(seconds["always"][1:], seconds["never"][1:], strict=True)]
     print(f"a step with re-materialisation of everything takes {statistics.median(ratios):.2f} times as long")
     assert 1.0 < statistics.median(ratios) < 2.5

@@ -157,7 +157,7 @@ def test_the_error_grows_with_the_number_of_borders():
     config = replace(TINY_RUN, batch_size=64, training_numbers=500, model=replace(TINY, d_model=64, heads=4))
     gradients, losses = [], []
     for num_stages in (2, 4, 8):
-        drawn = [errors(replace(config, seed=seed), num_stages, step) for seed in range(3) for step in range(2)]
+        drawn = [errors(replace(config, seed=seed), num_stages, step) for seed in range(2) for step in range(2)]
         gradient, loss = (statistics.median(column) for column in zip(*drawn, strict=True))
         gradients.append(gradient)
         losses.append(loss)
