@@ -117,6 +117,17 @@ class Run:
             # An interrupt may have come while the thread was just being started: then it is not known to be there yet.
             wait_for(self._watcher.done, SECONDS_TO_STOP if self._watcher.thread.ident else POLL)
 
+    def kill(self, rank: int) -> None:
+        """Kill the process of one stage, as the system does when memory runs out; the run then fails of it.
+
+        Raises:
+            ValueError: there is no such rank, or it has not started yet.
+        """
+        stages = {stage.rank: stage for stage in self._watcher.stages}
+        if rank not in stages:
+            raise ValueError(f"rank is {rank}; the ranks that have started are {', '.join(map(str, stages)) or 'none'}")
+        stages[rank].process.kill()
+
     def __enter__(self) -> "Run":
         return self
 

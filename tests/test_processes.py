@@ -956,3 +956,19 @@ def test_code_keeps_its_file_and_its_lines():
     fn, args = cloudpickle.loads(parcel.data)
     assert fn.__code__.co_filename == __file__ and args == (1,)
     assert parcel.sources[__file__] == Path(__file__).read_text().splitlines(keepends=True)
+
+
+def test_one_stage_is_killed_by_its_caller():
+    def wait_for_the_other(worker):
+        worker.emit("ready")
+        buffer = torch.zeros(1)
+        worker.transport.wait(worker.transport.irecv(buffer, 1 - worker.rank, "a number that is never sent"))
+
+    run = start(wait_for_the_other, 2)
+    assert next(run.events())[1] == "ready"
+    with pytest.raises(ValueError, match="rank is 2; the ranks that have started are 0, 1"):
+        run.kill(2)
+    run.kill(1)
+    with pytest.raises(StageError, match="stage 1's process ended") as caught:
+        run.result()
+    assert (caught.value.rank, caught.value.kind) == (1, "died")
