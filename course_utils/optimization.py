@@ -139,9 +139,9 @@ class LossScaler:
             self.multiply(self.growth_factor)
 
     def multiply(self, factor: float) -> None:
-        """The scale is a float32, as in torch; it does not grow beyond the largest one."""
+        """The scale is a float32, as in torch; it stays between the smallest and the largest one."""
         changed = torch.tensor(self.scale * factor, dtype=torch.float32).item()
-        self.scale = changed if changed < float("inf") else self.scale
+        self.scale = changed if 0 < changed < float("inf") else self.scale
 
     def state_dict(self) -> dict[str, Any]:
         return {"scale": self.scale, "good_steps": self.good_steps}

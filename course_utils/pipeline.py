@@ -151,7 +151,7 @@ class Pipeline:
             began = time.perf_counter()
             self.exchange.finish()
             if self.actions:
-                self.note("s", self.actions[-1], began)
+                self.note("w", self.actions[-1], began)  # until the neighbours have taken all that was sent
         left = (self.inputs, self.stash, self.handed_over)
         assert not any(left), "a schedule that validate() accepts leaves nothing behind"
         return self.losses
@@ -226,7 +226,8 @@ class Pipeline:
         leaves, carry = self.inputs.pop(place), self.stash.pop(place)
         if self.stages[action.stage].is_last:
             arrived = (torch.tensor(self.loss_scale, device=self.device),)  # the gradient of the scaled loss
-        roots = [(t, g) for t, g in zip(carry, arrived, strict=True) if t is not None and g is not None]
+        pairs = [(t, g) for t, g in zip(carry, arrived, strict=True) if t is not None and g is not None]
+        roots = [(tensor, gradient) for tensor, gradient in pairs if tensor.requires_grad]  # not if all is frozen
         with autocast(self.low_precision, self.device, enabled=False):
             torch.autograd.backward([tensor for tensor, _ in roots], [gradient for _, gradient in roots])
         return tuple(None if leaf is None else leaf.grad for leaf in leaves)

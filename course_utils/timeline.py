@@ -15,7 +15,7 @@ import numpy as np
 
 # What a rank may do: compute, in the letters of `schedules.Action`, or, when a run was recorded, something else.
 COMPUTE = {"F": "forward", "B": "backward", "R": "recompute"}
-OTHER = {"w": "wait for data", "s": "send"}
+OTHER = {"w": "wait for a neighbour", "s": "send"}
 KINDS = COMPUTE | OTHER
 
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from course_utils.optimization import Noam, clip_by_global_norm, gradient_norms
+from course_utils.optimization import LossScaler, Noam, clip_by_global_norm, gradient_norms
 
 
 def formula(step: int, d_model: int, warm_up: int) -> float:
@@ -109,3 +109,12 @@ def test_parameters_without_a_gradient_count_as_zero():
 def test_max_norm_must_be_positive():
     with pytest.raises(ValueError, match="max_norm is 0"):
         clip_by_global_norm([], torch.zeros(1), 0)
+
+
+def test_a_scale_that_was_halved_for_ever_ends_no_run():
+    scaler, parameter = LossScaler(65536.0), torch.nn.Parameter(torch.ones(1))
+    for _ in range(200):
+        parameter.grad = torch.full((1,), float("nan"))
+        scaler.unscale([parameter])
+        scaler.update(skipped=True)
+    assert scaler.scale > 0

@@ -301,13 +301,13 @@ def test_the_sentence_of_a_timeline() -> None:
 def test_the_sentence_of_a_recording() -> None:
     assert describe_timeline(with_everything()) == (
         "Timeline (made by hand). Ranks: 2, micro-batches: 1, makespan: 16 s. Ranks 0 to 1 compute 50%, 38% of that "
-        "time. Of the time of all ranks: recompute 6.2%, wait for data 32.8%, send 2.3%. "
+        "time. Of the time of all ranks: recompute 6.2%, wait for a neighbour 32.8%, send 2.3%. "
         "The bubble is 56.2% of the total time, which is 128.6% of the ideal time."
     )
     waiting = Timeline(1, "made by hand")
     waiting.add(0, "w", 0, 0, 0.0, 2.0)
     assert describe_timeline(waiting).endswith(
-        "computes 0% of that time. Of the time of all ranks: wait for data 100.0%."
+        "computes 0% of that time. Of the time of all ranks: wait for a neighbour 100.0%."
     )
 
 

@@ -11,6 +11,7 @@ from course_utils.number_words import END
 from course_utils.optimization import Noam
 from course_utils.processes import StageError
 from course_utils.schedules import Schedule, gpipe, looped, one_f_one_b, rematerialise
+from course_utils.stages import CutModel
 from course_utils.threads import run_in_threads
 from course_utils.timeline import COMPUTE, Timeline
 from course_utils.training import TrainingConfig, answer, train, train_on_one_device
@@ -151,6 +152,21 @@ def test_a_stage_that_fails_is_named():
         train(broken)
 
 
+@pytest.mark.parametrize("schedule", [gpipe(3, 3), looped(2, 2, 3), rematerialise(gpipe(3, 3), "always")])
+def test_a_first_stage_whose_weights_are_frozen(monkeypatch, schedule):
+    build = CutModel.build
+
+    def frozen(self, *arguments):
+        stage = build(self, *arguments)
+        for builder, block in zip(stage.builders, stage.blocks, strict=True):
+            block.requires_grad_(builder.index > 2)
+        return stage
+
+    monkeypatch.setattr(CutModel, "build", frozen)
+    config = replace(TINY_RUN, held_out=0)
+    assert train(config, schedule, run=run_in_threads).fingerprint == train_on_one_device(config).fingerprint
+
+
 # --- Timelines, precision, re-materialisation -------------------------------------------------------------------------
 
 
@@ -169,8 +185,8 @@ def test_the_steps_asked_for_are_recorded(make, policy):
     for rank in range(3):
         assert order_of(timeline, rank) == [str(action) for action in schedule.actions[rank]]
     messages = [m for channel in schedule.channels.values() for m in channel]
-    assert sum(interval.kind == "w" for interval in timeline) == len(messages) == 2 * 2 * 4
-    assert sum(interval.kind == "s" for interval in timeline) == len(messages) + 3  # and what is left at the end
+    assert sum(interval.kind == "s" for interval in timeline) == len(messages) == 2 * 2 * 4
+    assert sum(interval.kind == "w" for interval in timeline) == len(messages) + 3  # until all is taken, at the end
     assert result.fingerprint == train_on_one_device(replace(TINY_RUN, steps=4, micro_batches=4)).fingerprint
 
 
