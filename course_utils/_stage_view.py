@@ -69,7 +69,7 @@ def complete(state: RankState, stage: Stage, somebody_failed: bool) -> RankState
     if state.state == "starting":
         state = replace(state, text="its start")
     if stage.result:
-        return RankState(stage.rank, "ended")
+        return state
     if failure := stage.failure:
         kind = {"died": "died", "timeout": "gave up", "closed": "lost"}.get(failure.kind, "failed")
         if kind in ("gave up", "lost") and state.state != "gave up":  # a wait that was none of the transport's

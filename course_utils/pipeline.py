@@ -74,7 +74,9 @@ class Pipeline:
         self.posting = posting_plan(schedule, transport.rank)
         self.also = f"products in {low_precision}; schedule {schedule.rank_of_stage}: {schedule.to_text()}"
         self.trains = any(action.kind == "B" for row in schedule.actions for action in row)
-        self.doing = [f"{a.kind} of micro-batch {a.micro_batch}" for a in self.actions]  # for whoever asks meanwhile
+        which = " of stage {0.stage}" if len(stages) > 1 else ""
+        text = "{0.kind} of micro-batch {0.micro_batch}" + which
+        self.doing = [text.format(action) for action in self.actions]  # for whoever asks meanwhile
         self.recomputed = {(a.stage, a.micro_batch) for a in self.actions if a.kind == "R"}
         # What is kept from a forward to its backward: what arrived, and the graph of what became of it.
         self.inputs: dict[tuple[int, int], Tensors] = {}
@@ -152,6 +154,7 @@ class Pipeline:
             self.exchange.finish()
             if self.actions:
                 self.note("w", self.actions[-1], began)  # until the neighbours have taken all that was sent
+        self.transport.computing("")
         left = (self.inputs, self.stash, self.handed_over)
         assert not any(left), "a schedule that validate() accepts leaves nothing behind"
         return self.losses

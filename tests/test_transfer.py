@@ -481,7 +481,7 @@ def wait_in_vain(worker: Worker) -> str:
 )
 def test_a_wait_that_runs_out_says_who_waited_for_what_from_whom(run, options):
     text, _ = run(wait_in_vain, 2, **options)
-    for part in ("rank 0 wait", "the gradients of micro-batch 2", "from rank 1", "0.2 s"):
+    for part in ("stage 0 wait", "the gradients of micro-batch 2", "from stage 1", "0.2 s"):
         assert part in text
 
 
@@ -518,9 +518,9 @@ def test_a_peer_that_dies_is_named(tmp_path: Path):
         for process in processes:
             process.kill()
             process.communicate()
-    lost = [line for line in output.splitlines() if line.startswith(f"{PeerLost.__name__} rank 0 ")]
+    lost = [line for line in output.splitlines() if line.startswith(f"{PeerLost.__name__} stage 0 ")]
     assert len(lost) == 3, output + errors
-    assert all("lost rank 1" in line and "the activations of micro-batch 5" in line for line in lost)
+    assert all("lost stage 1" in line and "the activations of micro-batch 5" in line for line in lost)
 
 
 @pytest.mark.parametrize("transport", ["threads"])

@@ -180,7 +180,7 @@ print(describe_memory(memory, schedule))
 from course_utils.schedules import one_f_one_b
 
 early_backwards = measure_memory(config, one_f_one_b(num_stages=2, num_micro_batches=8))
-for gpipe_rank, rank in zip(memory, early_backwards):
+for gpipe_rank, rank in zip(memory, early_backwards, strict=True):
     print(f"rank {rank.rank}: {gpipe_rank.stash:,} bytes of stash with GPipe, {rank.stash:,} with 1F1B")
     assert rank.stash < gpipe_rank.stash / 2
 
