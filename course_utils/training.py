@@ -95,7 +95,6 @@ def train_rank(
         num_tokens = sum(m.num_tokens for m in micro_batches)
         losses = pipeline.step(micro_batches, plan, num_tokens, state.dropout_key(), state.scaler.scale)
         worker.transport.computing("the update of the weights")
-        worker.transport.computing("the update of the weights")
 
         own_norms = state.take_in(losses)
         micro_batches = micro_batches_of(config, numbers.training, state.steps_done + 1)
