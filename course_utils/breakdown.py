@@ -78,7 +78,7 @@ PARTS = {  # and how the table calls them
     "compute": "compute",
     "recompute": "recompute",
     "sending": "sending",
-    "bubble": "bubble",
+    "bubble": "schedule",
     "slow_neighbour": "slow neighbour",
     "rest": "rest",
 }

@@ -32,7 +32,7 @@ FORMAT = 1  # to be counted up when older programs cannot read what newer ones w
 MANIFEST = "manifest.json"
 OUR_FOLDERS = re.compile(r"step_(\d{8,})")
 OUR_FILES = re.compile(r"(stage_\d+\.pt|manifest\.json)(\.part)?")  # .part: while it is being written
-MAY_DIFFER = ("stages", "schedule", "rematerialisation", "steps")  # these change no bit of a run at equal micro-batches
+MAY_DIFFER = ("stages", "schedule", "rematerialisation", "steps")  # unless messages are rounded, these change no bit
 
 # All that belongs to one parameter: "value", and what the optimizer keeps (Adam: "step", "exp_avg", "exp_avg_sq").
 ParameterState = dict[str, Tensor]

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from course_utils.checkpoint import Checkpoints
 from course_utils.precision import LOW_PRECISION, PRECISIONS
 from course_utils.processes import StageError
-from course_utils.recipes import RECIPES
+from course_utils.recipes import RECIPES, with_precision
 from course_utils.schedules import POLICIES, SCHEDULES
 from course_utils.training import Step, TrainingResult, train
 
@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     option("--precision", "of matrix products; auto measures", choices=PRECISIONS)
     option("--rematerialisation", "forwards that are computed again instead of kept", choices=POLICIES)
     option("--wire-dtype", "what messages are rounded to", choices=LOW_PRECISION)
-    command.add_argument("--checkpoints", type=Path, metavar="FOLDER", help="where to save, every --save-every steps")
+    command.add_argument("--checkpoints", type=Path, metavar="FOLDER", help="where to save; the newest two are kept")
     command.add_argument("--save-every", type=int, default=100, metavar="STEPS", help="default: %(default)s")
     command.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
     command.add_argument("--out", type=Path, metavar="FOLDER", help="where result.json goes")
@@ -76,8 +76,12 @@ def train_command(options: argparse.Namespace) -> int:
     given = {name: value for name, value in vars(options).items() if hasattr(recipe, name) and value is not None}
     config = replace(recipe, **given)
     if options.out is not None:
-        check_writable(options.out)
-    print(f"{config.stages} stages, {config.micro_batches} micro-batches, schedule {config.schedule}", flush=True)
+        check_writable("--out", options.out)
+    if options.checkpoints is not None:
+        check_writable("--checkpoints", options.checkpoints)
+    config = with_precision(config)
+    shape = f"{config.stages} stages, {config.micro_batches} micro-batches, schedule {config.schedule}"
+    print(f"{shape}, {config.precision}", flush=True)
     form = "{n}/{total} [{remaining} left{postfix}]"  # a bar would leave no room for the figures in a terminal
     with tqdm(total=config.steps, disable=None, bar_format=form, postfix="starting the stages") as bar:
         started, tokens = time.perf_counter(), 0
@@ -99,7 +103,9 @@ def train_command(options: argparse.Namespace) -> int:
             save_every=options.save_every,
             resume=options.resume,
         )
+    first = result.steps[0].number if result.steps else config.steps
     print(
+        f"{f'resumed after step {first}: ' if options.resume and first else ''}"
         f"{len(result.steps)} steps in {result.seconds:.1f} s; "
         f"{result.exact_match:.1%} of {len(result.answers)} held-out numbers exactly right; "
         f"fingerprint {result.fingerprint}"
@@ -128,14 +134,15 @@ def summary(result: TrainingResult) -> dict[str, Any]:
     }
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(option: str, folder: Path) -> None:
     """Make the folder and try to write: better now than after the training. Raises OSError."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise OSError(f"cannot write to --out {folder} ({error.strerror}); name a folder that can be written") from None
+        why = f"cannot write to {option} {folder} ({error.strerror})"
+        raise OSError(f"{why}; name a folder that can be written") from None
 
 
 def write_atomically(path: Path, content: dict[str, Any]) -> None:

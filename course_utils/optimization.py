@@ -108,8 +108,8 @@ class LossScaler:
         growth_interval: int = 2000,
         enabled: bool = True,
     ):
-        if not 0 < scale < float("inf"):
-            raise ValueError(f"scale is {scale}; it must be positive and finite")
+        if not is_usable(scale):
+            raise ValueError(f"scale is {scale}; it must be positive, and it and 1 / scale finite in float32")
         if not growth_factor > 1:
             raise ValueError(f"growth_factor is {growth_factor}; it must be above 1")
         if not 0 < backoff_factor < 1:
@@ -139,12 +139,18 @@ class LossScaler:
             self.multiply(self.growth_factor)
 
     def multiply(self, factor: float) -> None:
-        """The scale is a float32, as in torch; it stays between the smallest and the largest one."""
+        """The scale is a float32, as in torch; it stays where it and its reciprocal are finite."""
         changed = torch.tensor(self.scale * factor, dtype=torch.float32).item()
-        self.scale = changed if 0 < changed < float("inf") else self.scale
+        self.scale = changed if is_usable(changed) else self.scale
 
     def state_dict(self) -> dict[str, Any]:
         return {"scale": self.scale, "good_steps": self.good_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.scale, self.good_steps = float(state["scale"]), int(state["good_steps"])
+
+
+def is_usable(scale: float) -> bool:
+    """Whether float32 can multiply and divide by it."""
+    rounded = torch.tensor(scale, dtype=torch.float32)
+    return bool(rounded > 0 and torch.isfinite(rounded) and torch.isfinite(1 / rounded))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from course_utils.checkpoint import CheckpointError, Checkpoints, Manifest, SaveReport, compare_config
+from course_utils.checkpoint import MAY_DIFFER, CheckpointError, Checkpoints, Manifest, SaveReport, compare_config
 from course_utils.decoding import as_words, greedy_decode
 from course_utils.fingerprints import fingerprint
 from course_utils.number_words import collate, to_words
@@ -146,7 +146,7 @@ def train(
         record: steps whose timelines are to be measured.
         checkpoints: where to save every `save_every` steps, and at the end; None: nowhere.
         resume: go on from the newest checkpoint, if there is one; stages, schedule, re-materialisation and the number
-            of steps may be others than before.
+            of steps may be others than before (with wire_dtype not the stages: every border rounds).
 
     Raises:
         ScheduleError, ValueError: before anything starts.
@@ -207,7 +207,9 @@ def manifest_to_resume(
         raise CheckpointError(
             f"{manifest.folder} is a checkpoint of step {manifest.step}: resume from it, or name another folder"
         )
-    compare_config(manifest.config, asdict(config))
+    # Where messages are rounded, the borders between stages are a part of the arithmetic.
+    may_differ = [name for name in MAY_DIFFER if name != "stages" or config.wire_dtype is None]
+    compare_config(manifest.config, asdict(config), may_differ)
     if manifest.step > config.steps:
         raise CheckpointError(
             f"{manifest.folder} has done {manifest.step} steps, more than the {config.steps} asked for: ask for more, "

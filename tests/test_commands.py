@@ -41,7 +41,7 @@ def test_train_goes_on_where_it_was_saved(tmp_path, capsys):
     assert "is a checkpoint of step 2: resume from it" in capsys.readouterr().err
     more = ["train", "--steps", "3", "--batch-size", "16", "--micro-batches", "4", "--stages", "3"]
     assert main([*more, *folder, "--resume"]) == 0
-    assert "1 steps in" in capsys.readouterr().out
+    assert "resumed after step 2: 1 steps in" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["step_00000002", "step_00000003"]
 
 
@@ -86,6 +86,8 @@ def test_a_folder_that_cannot_be_written_is_found_out_before_the_training(tmp_pa
     assert main([*TRAIN, "--out", str(tmp_path / "file")]) == 2
     error = capsys.readouterr().err
     assert f"cannot write to --out {tmp_path / 'file'}" in error and "name a folder that can be written" in error
+    assert main([*TRAIN, "--checkpoints", str(tmp_path / "file")]) == 2
+    assert f"cannot write to --checkpoints {tmp_path / 'file'}" in capsys.readouterr().err
 
 
 def test_an_old_result_survives_a_failing_write(tmp_path, monkeypatch):

@@ -110,6 +110,9 @@ def test_a_gradient_that_is_not_finite_on_one_stage_skips_the_step_everywhere(mo
         ({"precision": "fp8"}, "'fp8'; there are fp32, bf16, fp16, auto"),
         ({"precision": "fp16"}, "fp16 on a CPU.*many times slower.*Use bf16, fp32, or auto"),
         ({"loss_scale": 0}, "scale is 0"),
+        ({"loss_scale": 1e39}, "scale is 1e\\+39.*finite in float32"),
+        ({"loss_scale": 1e-46}, "scale is 1e-46"),
+        ({"loss_scale": 1e-40}, "scale is 1e-40"),
         ({"rematerialisation": "often"}, "'often'; there are never, always, except_last"),
         ({"wire_dtype": "int8"}, "'int8'; there are None, bf16, fp16"),
         ({"batch_size": 201}, "batch_size is 201, more than the 200 numbers"),
@@ -290,6 +293,9 @@ def test_what_cannot_be_resumed_is_refused_before_anything_starts(tmp_path):
     other = replace(TINY_RUN, micro_batches=2)
     refused(other, "micro_batches was 3 and is 2 now", checkpoints=checkpoints, resume=True)
     refused(TINY_RUN, "resume needs checkpoints", resume=True)
+    rounded, in_rounded = replace(TINY_RUN, wire_dtype="bf16"), Checkpoints(tmp_path / "rounded")
+    train(rounded, run=run_in_threads, checkpoints=in_rounded)
+    refused(replace(rounded, stages=3), "stages was 2 and is 3 now", checkpoints=in_rounded, resume=True)
     refused(TINY_RUN, "save_every is 0", checkpoints=checkpoints, save_every=0)
 
 

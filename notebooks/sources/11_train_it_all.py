@@ -290,12 +290,12 @@ def run_until_killed(function, num_ranks, *arguments, on_event):
 
 
 try:
-    train(short, run=run_until_killed, checkpoints=checkpoints, save_every=5)
+    train(short, run=run_until_killed, checkpoints=checkpoints, save_every=10)
 except StageError as error:
     print(str(error).splitlines()[0])
 
 # %% tags=["claim:resumed"]
-resumed = train(replace(short, stages=1), checkpoints=checkpoints, save_every=5, resume=True)
+resumed = train(replace(short, stages=1), checkpoints=checkpoints, save_every=10, resume=True)
 folder.cleanup()
 print("first step after the resume:", resumed.steps[0].number)
 print("resumed on one stage:", resumed.fingerprint)
