@@ -101,7 +101,7 @@ print("matrix products in", config.precision)
 # %% [markdown]
 # ## First the bits
 # A pipeline that is wrong in a small way still learns: the loss falls, only a little worse. So before the long run a short
-# one is compared with a plain loop on one device. The *fingerprint* is a hash over the loss of every micro-batch, the
+# one is compared with a plain loop on one device, which takes the same eight micro-batches one by one. The *fingerprint* is a hash over the loss of every micro-batch, the
 # gradients of the first 20 steps and the final weights. Will it be the same string? Remember that floating-point sums depend on
 # their order.
 
@@ -120,7 +120,7 @@ print("two stages:", two_stages.fingerprint)
 assert two_stages.fingerprint == one_device.fingerprint
 
 # %% [markdown]
-# The same, because the order is the same: both add up the gradients of micro-batch 0, 1, 2, ... and in no other order. Cut
+# The same two strings; on your machine they may be others than here. The order of addition is the same: both add up the gradients of micro-batch 0, 1, 2, ... and in no other order. Cut
 # the batch into other pieces and the last bits change:
 
 # %% tags=["claim:pieces"]
@@ -137,13 +137,13 @@ ratio = one_device.seconds / two_stages.seconds
 print(f"one device {one_device.seconds:.1f} s, two stages {two_stages.seconds:.1f} s: {ratio:.2f} times as fast")
 
 # %% [markdown]
-# Do not expect 2, and do not be surprised by less than 1. The model is tiny: every micro-batch costs a fixed time in Python
-# and in messages, the stages are unequal, and one device has neither trouble. A pipeline is for the model that does not
+# Do not expect 2, and do not be surprised by less than 1. Two processes can use two cores; against that stand the bubble,
+# the unequal stages, and messages, which weigh much for a model so tiny. One device has none of these. A pipeline is for the model that does not
 # *fit* on one device; here it is cut so that you can see how. On that day the bits must be right.
 
 # %% [markdown]
 # ## Where the time went
-# Step 10 of the run above was recorded: when each stage computed, waited for a message, sent one. Below it stands a simulation
+# Steps are numbered from 0. Number 10 of the run above was recorded: when each stage computed, waited for a message, sent one. Below it stands a simulation
 # of the same schedule with the mean times of these stages, in which messages take no time. Before you look: which of the two
 # stages waits more, and for what?
 
@@ -158,7 +158,9 @@ show(draw_timelines([measured, simulated]), says=both)
 
 # %% [markdown]
 # The measured step has what the simulation leaves out: messages under way, other work of this machine, actions that take
-# longer one time than another. The table divides the time of every rank into parts that add up:
+# longer one time than another. The table divides the time of every rank into parts that add up. All but *compute* is bubble,
+# and only the column *schedule*, estimated for equal stages, is the bubble that you predicted above; *slow neighbour* is what unequal
+# stages cost on top of it.
 
 # %%
 print(describe(measured, schedule))
@@ -166,8 +168,9 @@ print(describe(measured, schedule))
 # %% [markdown]
 # ## What each stage keeps
 # Memory can be counted as exactly as time. The *stash* is what a stage keeps of every micro-batch from its forward to its
-# backward; Adam keeps two numbers for each weight. GPipe runs all forwards first. How many micro-batches does each stage
-# keep at once, and how many would it be with 1F1B, which begins with the backwards as soon as it can?
+# backward; Adam keeps two numbers for each weight, and a counter for each tensor. Each column is the highest that it ever
+# was, at moments of its own, so they add up to more than the peak. GPipe runs all forwards first. How many micro-batches does each stage
+# keep at once, and how many would it be with 1F1B (one forward, one backward), which begins the backwards as soon as it can?
 
 # %%
 from course_utils.memory import describe_memory, measure_memory, memory_table
@@ -183,9 +186,12 @@ early_backwards = measure_memory(config, one_f_one_b(num_stages=2, num_micro_bat
 for gpipe_rank, rank in zip(memory, early_backwards, strict=True):
     print(f"rank {rank.rank}: {gpipe_rank.stash:,} bytes of stash with GPipe, {rank.stash:,} with 1F1B")
     assert rank.stash < gpipe_rank.stash / 2
+bubbles = [simulate(s, forward=1, backward=2).bubble_of_total for s in (schedule, one_f_one_b(2, 8))]
+print(f"simulated bubble: {bubbles[0]:.3f} with GPipe, {bubbles[1]:.3f} with 1F1B")
+assert bubbles[0] == bubbles[1]
 
 # %% [markdown]
-# With 1F1B stage 0 keeps two micro-batches and stage 1 keeps one, however many there are; the bubble is the same.
+# With 1F1B stage 0 keeps two micro-batches and stage 1 keeps one, and with equal stages it costs no time.
 #
 # What is asked for and cannot be done is refused before anything starts. Eight blocks cannot fill nine stages:
 
@@ -197,10 +203,10 @@ except ValueError as error:
 
 # %% [markdown]
 # ## The run
-# 1200 steps of 64 numbers below a million, drawn from 20,000: each length alike, as far as there are so many, and only
-# nine with a single digit. On the way: the global norm of the gradients is clipped to 1, and the learning
-# rate warms up over 400 steps and decays after (Vaswani et al., 2017, section 5.3, times 0.35). Both must be the
-# same on both stages, although each stage sees only its own gradients. While it runs, the line below shows loss, learning rate and norm.
+# 1200 steps of 64 numbers below a million, drawn from 20,000: each length alike, as far as there are so many, and rare
+# lengths repeated up to ten times. On the way: the global norm of the gradients is clipped to 1, and the learning
+# rate warms up over `config.warm_up` steps and decays after (Vaswani et al., 2017, section 5.3, times
+# `config.learning_rate_factor`; both are printed). Both must be the same on both stages, although each stage sees only its own gradients. While it runs, the line below shows loss, learning rate and norm.
 # You may stop it with the square button: no process is left, and the cell can be run again.
 
 # %%
@@ -215,6 +221,7 @@ with tqdm(total=config.steps, file=sys.stdout, leave=False, mininterval=0.5) as 
         bar.update()
 
     result = train(config, on_step=show_step)
+print(f"warm-up over {config.warm_up} steps, factor {config.learning_rate_factor}")
 print(f"{len(result.steps)} steps in {result.seconds:.0f} s over {config.stages} stages")
 
 # %% [markdown]
@@ -222,14 +229,14 @@ print(f"{len(result.steps)} steps in {result.seconds:.0f} s over {config.stages}
 
 # %%
 losses = [step.loss for step in result.steps]
-show(draw_curve(losses, "loss", log=True), says=describe_curve(losses, "loss"))
+show(draw_curve(losses, "loss", log=True, first_step=0), says=describe_curve(losses, "loss", first_step=0))
 
 # %% [markdown]
 # And the learning rate that every stage used at every step: a straight line up, then one over the square root of the step.
 
 # %%
 rates = [step.learning_rate for step in result.steps]
-show(draw_curve(rates, "learning rate"), says=describe_curve(rates, "learning rate"))
+show(draw_curve(rates, "learning rate", first_step=0), says=describe_curve(rates, "learning rate", first_step=0))
 
 # %% [markdown]
 # ## The exam
@@ -242,7 +249,7 @@ assert len(result.answers) == 500
 assert result.exact_match >= 0.97
 
 # %% [markdown]
-# Where it was wrong, if it was. Look at the lengths: how many examples of a number that short were there to learn from?
+# Where it was wrong, if it was. Is it a rare length, or do digits repeat?
 
 # %%
 wrong = [(number, words) for number, words in result.answers.items() if words != to_words(number)]
@@ -265,8 +272,8 @@ for number, words in zip(my_numbers, answer(config, result.weights, my_numbers),
 # %% [markdown]
 # ## Killed, and resumed
 # Long runs get killed. So every few steps each stage saves its weights, Adam's numbers and its part of the fingerprint; a
-# checkpoint counts only when all stages have written theirs. Here the process of stage 1 is killed after step 12, as the
-# system does when memory runs out. The last checkpoint is that of step 10. Which string will a run have that is resumed from
+# checkpoint counts only when all stages have written theirs. Here the process of stage 1 is killed when step 12 is reported,
+# as the system does when memory runs out. The last checkpoint holds ten finished steps, so the next one is number 10. Which string will a run have that is resumed from
 # it, on *one* stage?
 
 # %%
@@ -280,7 +287,7 @@ checkpoints = Checkpoints(folder.name)
 
 
 def run_until_killed(function, num_ranks, *arguments, on_event):
-    def watch(rank, event):
+    def watch(rank, event):  # called for every step that the ranks report
         on_event(rank, event)
         if getattr(event, "number", None) == 12:
             run.kill(1)
@@ -302,7 +309,7 @@ print("resumed on one stage:", resumed.fingerprint)
 assert resumed.fingerprint == two_stages.fingerprint
 
 # %% [markdown]
-# The string of the run that nobody killed.
+# The string of the run that nobody killed. (What stage 1 was doing when the signal came differs from run to run.)
 
 # %% [markdown] tags=["summary"]
 # ## What you know now
