@@ -78,7 +78,7 @@ def train_command(options: argparse.Namespace) -> int:
     if options.out is not None:
         check_writable("--out", options.out)
     if options.checkpoints is not None:
-        check_writable("--checkpoints", options.checkpoints)
+        check_writable("--checkpoints", options.checkpoints, mode=0o700)  # as `Checkpoints` makes it
     config = with_precision(config)
     shape = f"{config.stages} stages, {config.micro_batches} micro-batches, schedule {config.schedule}"
     print(f"{shape}, {config.precision}", flush=True)
@@ -134,10 +134,10 @@ def summary(result: TrainingResult) -> dict[str, Any]:
     }
 
 
-def check_writable(option: str, folder: Path) -> None:
+def check_writable(option: str, folder: Path, mode: int = 0o777) -> None:
     """Make the folder and try to write: better now than after the training. Raises OSError."""
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.mkdir(mode, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:

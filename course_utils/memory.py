@@ -5,7 +5,7 @@ A tensor is a view of a *storage*, the memory itself; many tensors may share one
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -16,15 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from course_utils.number_words import Batch
 from course_utils.pipeline import Pipeline, Tensors
-from course_utils.precision import LOW_PRECISION
 from course_utils.processes import launch
-from course_utils.recipes import TrainingConfig, micro_batches_of, numbers_of, with_precision
-from course_utils.schedules import SCHEDULES, Action, Schedule, rematerialise
+from course_utils.recipes import TrainingConfig, micro_batches_of, numbers_of, settle
+from course_utils.schedules import Action, Schedule
 from course_utils.stages import CutModel, Stage
-from course_utils.training_state import TrainingState
+from course_utils.training_state import build_rank
 from course_utils.transfer import agree
 from course_utils.transports import Worker
-from course_utils.validity import validate
 
 # --- What is reported -----------------------------------------------------------------------------------------
 
@@ -226,12 +224,7 @@ def measure_memory(
     Args:
         schedule, run: as in `training.train`.
     """
-    if schedule is None:
-        schedule = SCHEDULES[config.schedule](config.stages, config.micro_batches)
-        schedule = rematerialise(schedule, config.rematerialisation)
-    validate(schedule)
-    config = replace(config, stages=schedule.num_stages, micro_batches=schedule.num_micro_batches)
-    config = with_precision(config)
+    config, schedule = settle(config, schedule)
     return run(measure_rank, schedule.num_ranks, config, config.cut, schedule, engine)
 
 
@@ -239,12 +232,7 @@ def measure_rank(
     worker: Worker, config: TrainingConfig, cut: CutModel, schedule: Schedule, engine: type[MeteredPipeline]
 ) -> RankMemory:
     """What `measure_memory` runs in every process: two steps of one batch; the figures of the second remain."""
-    stages = {s: cut.build(s, config.seed) for s in schedule.stages_of(worker.rank)}
-    state = TrainingState(config, stages.values(), cut.parameter_names)
-    low_precision, wire_dtype = (LOW_PRECISION.get(name or "") for name in (config.precision, config.wire_dtype))
-    pipeline = engine(
-        stages, schedule, worker.transport, cut.carry_after, low_precision=low_precision, wire_dtype=wire_dtype
-    )
+    pipeline, state = build_rank(worker.transport, config, cut, schedule, engine)
     numbers = numbers_of(config)
     micro_batches = micro_batches_of(config, numbers.training, 0)
     plan, num_tokens = pipeline.plan(micro_batches), sum(m.num_tokens for m in micro_batches)
@@ -266,7 +254,7 @@ def measure_rank(
             peaks["low_precision", number],
             tuple(pipeline.kept[number, m] for m in range(config.micro_batches)),
         )
-        for number, stage in stages.items()
+        for number, stage in pipeline.stages.items()
     )
     return RankMemory(worker.rank, reports, peaks["stash", None], peaks["messages", None], peaks["peak", None])
 

@@ -7,9 +7,10 @@ import torch
 from course_utils.number_words import Batch, Split, batch, repeat_rare_lengths, split_numbers
 from course_utils.optimization import LossScaler, Noam
 from course_utils.precision import LOW_PRECISION, resolve
-from course_utils.schedules import POLICIES, SCHEDULES
+from course_utils.schedules import POLICIES, SCHEDULES, Schedule, rematerialise
 from course_utils.stages import CutModel, by_count
 from course_utils.transformer import EncoderLayer, TransformerConfig, block_builders
+from course_utils.validity import validate
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,23 @@ class TrainingConfig:
     def max_tokens(self) -> int:
         """The longest answer: a word per digit, and the end token."""
         return len(str(self.highest)) + 1
+
+
+def settle(config: TrainingConfig, schedule: Schedule | None = None) -> tuple[TrainingConfig, Schedule]:
+    """What a run really does: nothing is left to be chosen or measured, and the two agree with each other.
+
+    Args:
+        schedule: any valid one; by default the one that config names, a stage per rank.
+
+    Raises:
+        ScheduleError: it cannot run.
+    """
+    if schedule is None:
+        schedule = SCHEDULES[config.schedule](config.stages, config.micro_batches)
+        schedule = rematerialise(schedule, config.rematerialisation)
+    validate(schedule)
+    config = replace(config, stages=schedule.num_stages, micro_batches=schedule.num_micro_batches)
+    return with_precision(config), schedule
 
 
 def numbers_of(config: TrainingConfig) -> Split:

@@ -16,15 +16,14 @@ from course_utils.number_words import collate, to_words
 from course_utils.pipeline import Pipeline, sum_over_tokens
 from course_utils.precision import LOW_PRECISION, autocast
 from course_utils.processes import launch
-from course_utils.recipes import TrainingConfig, micro_batches_of, numbers_of, with_precision
-from course_utils.schedules import SCHEDULES, Schedule, forward_only, gpipe, rematerialise
+from course_utils.recipes import TrainingConfig, micro_batches_of, numbers_of, settle, with_precision
+from course_utils.schedules import Schedule, forward_only, gpipe
 from course_utils.stages import CutModel, one_thread
 from course_utils.threads import run_in_threads
 from course_utils.timeline import Timeline, merge
-from course_utils.training_state import Step, TrainingState
+from course_utils.training_state import Step, TrainingState, build_rank
 from course_utils.transfer import StepAgreement, agree
 from course_utils.transports import Worker
-from course_utils.validity import validate
 
 
 @dataclass
@@ -70,14 +69,9 @@ def train_rank(
     manifest: Manifest | None = None,
 ) -> dict[str, Any]:
     """The training loop of one rank: what `train` runs in every process."""
-    stages = {s: cut.build(s, config.seed) for s in schedule.stages_of(worker.rank)}
-    state = TrainingState(config, stages.values(), cut.parameter_names)
+    pipeline, state = build_rank(worker.transport, config, cut, schedule, engine)
     if manifest is not None:
         state.resume(manifest)
-    low_precision, wire_dtype = (LOW_PRECISION.get(name or "") for name in (config.precision, config.wire_dtype))
-    pipeline = engine(
-        stages, schedule, worker.transport, cut.carry_after, low_precision=low_precision, wire_dtype=wire_dtype
-    )
     agreement = StepAgreement(worker.transport, len(state.place))
     numbers = numbers_of(config)
     timelines: dict[int, Timeline] = {}
@@ -154,12 +148,7 @@ def train(
             one that cannot be resumed.
         StageError: if a stage fails, with that stage's traceback.
     """
-    if schedule is None:
-        schedule = SCHEDULES[config.schedule](config.stages, config.micro_batches)
-        schedule = rematerialise(schedule, config.rematerialisation)
-    config = replace(config, stages=schedule.num_stages, micro_batches=schedule.num_micro_batches)
-    config = with_precision(config)
-    validate(schedule)
+    config, schedule = settle(config, schedule)
     manifest = manifest_to_resume(config, checkpoints, save_every, resume)
     steps: list[Step] = []
     saves: list[SaveReport] = []

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -10,8 +11,12 @@ from torch import Tensor
 from course_utils.checkpoint import Manifest, RankState, collect, restore
 from course_utils.fingerprints import LOSSES, StageRecord
 from course_utils.optimization import LossScaler, Noam, clip_by_global_norm, gradient_norms
+from course_utils.pipeline import Pipeline
+from course_utils.precision import LOW_PRECISION
 from course_utils.recipes import TrainingConfig
-from course_utils.stages import Stage
+from course_utils.schedules import Schedule
+from course_utils.stages import CutModel, Stage
+from course_utils.transports import Transport
 
 
 @dataclass
@@ -95,3 +100,15 @@ class TrainingState:
 
 
 DEFAULT_LOSS_SCALE = 65536.0  # as torch.amp.GradScaler
+
+Engine = TypeVar("Engine", bound=Pipeline)
+
+
+def build_rank(
+    transport: Transport, config: TrainingConfig, cut: CutModel, schedule: Schedule, engine: type[Engine]
+) -> tuple[Engine, TrainingState]:
+    """The stages that a rank holds, in the engine that runs them and in the state that changes them."""
+    stages = {s: cut.build(s, config.seed) for s in schedule.stages_of(transport.rank)}
+    low_precision, wire_dtype = (LOW_PRECISION.get(name or "") for name in (config.precision, config.wire_dtype))
+    pipeline = engine(stages, schedule, transport, cut.carry_after, low_precision=low_precision, wire_dtype=wire_dtype)
+    return pipeline, TrainingState(config, stages.values(), cut.parameter_names)

@@ -31,6 +31,8 @@ def test_train_writes_its_result(tmp_path, capsys):
     }
     assert 0 <= result["exact_match"] <= 1 and result["seconds"] > 0 and len(result["fingerprint"]) == 12
     assert "held-out numbers exactly right" in capsys.readouterr().out
+    (tmp_path / "usual").mkdir()
+    assert (tmp_path / "new folder").stat().st_mode == (tmp_path / "usual").stat().st_mode  # results are for others too
 
 
 @pytest.mark.processes

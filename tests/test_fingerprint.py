@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from course_utils import training
+from course_utils import recipes
 from course_utils.fingerprints import StageRecord, fingerprint
 from course_utils.reference import COLUMNS, EVEN, column
 from course_utils.schedules import Action, Schedule, gpipe
@@ -36,7 +36,7 @@ def descending(schedule: Schedule) -> Schedule:
 
 
 def test_one_planted_change_of_order_changes_it(monkeypatch):
-    monkeypatch.setattr(training, "validate", lambda schedule: schedule)  # which would refuse it
+    monkeypatch.setattr(recipes, "validate", lambda schedule: schedule)  # which would refuse it
     schedule = descending(gpipe(2, 3))
     assert schedule.actions[0][3] == Action("B", 0, 2)
     wrong = train(TINY_RUN, schedule, run=run_in_threads)

@@ -11,7 +11,7 @@ from course_utils.threads import run_in_threads
 from course_utils.training import TrainingConfig
 from course_utils.transfer import PlanMismatch, agree
 from course_utils.transports import Worker
-from tests.models import TINY, TINY_RUN, gradients_on_one_device, one_step
+from tests.models import TINY, TINY_RUN, gradients_of, gradients_on_one_device, one_step
 
 
 def step_on_rank(worker: Worker, config: TrainingConfig, schedule: Schedule) -> dict:
@@ -33,10 +33,6 @@ def step_on_rank(worker: Worker, config: TrainingConfig, schedule: Schedule) -> 
 
 def run_step(config: TrainingConfig, schedule: Schedule) -> list[dict]:
     return run_in_threads(step_on_rank, schedule.num_ranks, config, schedule)
-
-
-def gradients_of(ranks: list[dict]) -> dict[str, torch.Tensor]:
-    return {name: gradient for rank in ranks for name, gradient in rank["gradients"].items()}
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

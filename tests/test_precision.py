@@ -20,19 +20,18 @@ from torch import Tensor, nn
 
 from course_utils import training_state
 from course_utils.memory import MeteredPipeline
-from course_utils.number_words import split_numbers
 from course_utils.optimization import LossScaler, Noam, clip_by_global_norm, gradient_norms
 from course_utils.pipeline import Pipeline, sum_over_tokens
 from course_utils.precision import LOW_PRECISION, autocast, resolve
-from course_utils.recipes import TrainingConfig
+from course_utils.recipes import TrainingConfig, numbers_of
 from course_utils.schedules import SCHEDULES, Message, Schedule, gpipe, looped, one_f_one_b, rematerialise
 from course_utils.stages import CutModel, Stage
 from course_utils.threads import run_in_threads
 from course_utils.training import TrainingResult, TrainingState, micro_batches_of, train, train_on_one_device
-from course_utils.transfer import PlanMismatch, agree
+from course_utils.transfer import agree
 from course_utils.transformer import Block, EncoderNorm
 from course_utils.transports import Worker
-from tests.models import TINY, TINY_RUN, gradients_on_one_device, one_step
+from tests.models import TINY, TINY_RUN, gradients_on_one_device, one_step, refusal_of_an_odd_rank
 from tests.test_memory import EVEN, M, run_metered
 
 DROPOUT = replace(TINY, dropout=0.1)
@@ -285,7 +284,7 @@ def by_torch(config: TrainingConfig, growth_interval: int) -> tuple[dict[str, Te
     optimizer = torch.optim.Adam(parameters, lr=1.0, betas=(0.9, 0.98), eps=1e-9)
     noam = Noam(optimizer, config.model.d_model, config.warm_up, config.learning_rate_factor)
     scaler = torch.amp.GradScaler("cpu", init_scale=config.loss_scale, growth_interval=growth_interval)
-    numbers = split_numbers(config.lowest, config.highest, config.training_numbers, config.held_out, config.seed)
+    numbers = numbers_of(config)
     scales, skipped = [], []
     for step in range(config.steps):
         scales.append(scaler.get_scale())
@@ -513,16 +512,8 @@ def test_what_crosses_a_border_stays_float32(make):
 
 
 def test_ranks_with_different_precision_are_told_before_anything_moves():
-    def step(worker: Worker) -> None:
-        cut = replace(SHORT, stages=2).cut
-        low_precision = torch.bfloat16 if worker.rank else None
-        stages = {worker.rank: cut.build(worker.rank, 0)}
-        pipeline = Pipeline(stages, gpipe(2, 3), worker.transport, cut.carry_after, low_precision=low_precision)
-        agree(worker.transport, pipeline.plan(one_step(SHORT)[0]))
-
-    with pytest.raises(PlanMismatch) as caught:
-        run_in_threads(step, 2)
-    assert "products in torch.bfloat16" in str(caught.value) and "products in None" in str(caught.value)
+    text = refusal_of_an_odd_rank(SHORT, low_precision=torch.bfloat16)
+    assert "products in torch.bfloat16" in text and "products in None" in text
 
 
 def test_bf16_with_recomputation_keeps_one_copy_too():

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from course_utils.number_words import split_numbers
 from course_utils.pipeline import Pipeline
+from course_utils.recipes import numbers_of
 from course_utils.schedules import Message, Schedule, gpipe, looped, naive, one_f_one_b, rematerialise
 from course_utils.threads import run_in_threads
 from course_utils.training import TrainingConfig, micro_batches_of, train
-from course_utils.transfer import PlanMismatch, agree
+from course_utils.transfer import agree
 from course_utils.transports import Worker
-from tests.models import TINY, TINY_RUN, gradients_on_one_device, one_step
+from tests.models import TINY, TINY_RUN, gradients_of, gradients_on_one_device, refusal_of_an_odd_rank
 
 SIXTEEN_BITS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -37,7 +37,7 @@ def step_on_rank(
     worker.transport.isend = watched  # type: ignore[method-assign]
     stages = {s: cut.build(s, config.seed) for s in schedule.stages_of(worker.rank)}
     pipeline = Pipeline(stages, schedule, worker.transport, cut.carry_after, wire_dtype=wire_dtype)
-    numbers = split_numbers(config.lowest, config.highest, config.training_numbers, config.held_out, config.seed)
+    numbers = numbers_of(config)
     micro_batches = micro_batches_of(config, numbers.training, step)
     plan = pipeline.plan(micro_batches)
     agree(worker.transport, plan)
@@ -63,10 +63,6 @@ def bytes_sent(ranks: list[dict[str, Any]]) -> dict[Message, int]:
     return found
 
 
-def gradients_of(ranks: list[dict[str, Any]]) -> dict[str, Tensor]:
-    return {name: gradient for rank in ranks for name, gradient in rank["gradients"].items()}
-
-
 def carry_bytes(config: TrainingConfig, schedule: Schedule, message: Message) -> int:
     """The bytes of a border's tensors in float32, written out: hidden behind it, and the memory while it is read."""
     micro_batch = one_micro_batch_of(config, schedule, message.micro_batch)
@@ -80,7 +76,7 @@ def carry_bytes(config: TrainingConfig, schedule: Schedule, message: Message) ->
 
 
 def one_micro_batch_of(config: TrainingConfig, schedule: Schedule, number: int) -> Any:
-    numbers = split_numbers(config.lowest, config.highest, config.training_numbers, config.held_out, config.seed)
+    numbers = numbers_of(config)
     return micro_batches_of(replace(config, micro_batches=schedule.num_micro_batches), numbers.training, 0)[number]
 
 
@@ -167,16 +163,7 @@ def test_the_error_grows_with_the_number_of_borders():
 
 
 def test_ranks_with_different_formats_are_told_before_anything_moves():
-    def step(worker: Worker) -> None:
-        cut = replace(TINY_RUN, stages=2).cut
-        wire_dtype = torch.bfloat16 if worker.rank else None
-        stages = {worker.rank: cut.build(worker.rank, 0)}
-        pipeline = Pipeline(stages, gpipe(2, 3), worker.transport, cut.carry_after, wire_dtype=wire_dtype)
-        agree(worker.transport, pipeline.plan(one_step(TINY_RUN)[0]))
-
-    with pytest.raises(PlanMismatch) as caught:
-        run_in_threads(step, 2)
-    lines = str(caught.value).splitlines()
+    lines = refusal_of_an_odd_rank(TINY_RUN, wire_dtype=torch.bfloat16).splitlines()
     assert "sent as bfloat16" not in lines[1] and "sent as bfloat16" in lines[2]
 
 

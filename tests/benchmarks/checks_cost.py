@@ -8,42 +8,31 @@ and backward of the same micro-batches on one device and one thread, halved: the
 """
 
 import statistics
-import time
-from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from course_utils.number_words import Batch, split_numbers
-from course_utils.pipeline import sum_over_tokens
-from course_utils.recipes import TrainingConfig, micro_batches_of
+from course_utils.number_words import Batch
+from course_utils.recipes import TrainingConfig
 from course_utils.schedules import Message
-from course_utils.stages import CutModel, Stage
+from course_utils.stages import CutModel
 from course_utils.transfer import Specs, StepPlan, check_digests, check_tensor
+from tests.benchmarks.capstone_step import beside_steps, seconds_of
 
 NO_TRANSPORT: Any = None  # equal digests are compared without a message
 
 
 def measure(repetitions: int = 50) -> dict[str, float]:
     """{"checks": milliseconds, "step": milliseconds, "share": checks/step}: medians; the two take turns."""
-    config = TrainingConfig()
-    cut, model = config.cut, replace(config, stages=1).cut.build(0, config.seed)
-    numbers = split_numbers(config.lowest, config.highest, config.training_numbers, config.held_out, config.seed)
-    pairs = []
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for step in range(1 + repetitions):
-            micro_batches = micro_batches_of(config, numbers.training, step)
-            carries = [tensors_like(cut.carry_after(0, m.geometry)) for m in micro_batches]
-            checks = seconds_of(partial(run_checks, cut, micro_batches, carries))
-            pairs.append((checks, seconds_of(partial(run_step, model, micro_batches)) / config.stages))
-    finally:
-        torch.set_num_threads(num_threads)
-    del pairs[0]  # to warm up
+    cut = TrainingConfig().cut
+
+    def seconds_of_checks(micro_batches: list[Batch]) -> float:
+        carries = [tensors_like(cut.carry_after(0, m.geometry)) for m in micro_batches]
+        return seconds_of(partial(run_checks, cut, micro_batches, carries))
+
+    pairs = beside_steps(seconds_of_checks, repetitions)
     return {
         "checks": 1e3 * statistics.median(checks for checks, _ in pairs),
         "step": 1e3 * statistics.median(step for _, step in pairs),
@@ -64,22 +53,6 @@ def run_checks(cut: CutModel, micro_batches: list[Batch], carries: list[list[Ten
             if spec is not None:
                 check_tensor(f"{message} (stage {message.source} to {message.destination})", tensor, spec)
     check_digests(NO_TRANSPORT, plan, cut.num_stages * [plan.digest])
-
-
-def run_step(model: Stage, micro_batches: list[Batch]) -> None:
-    """Forward and backward of all micro-batches on one device."""
-    model.zero_grad()
-    num_tokens = sum(m.num_tokens for m in micro_batches)
-    for micro_batch in micro_batches:
-        logits, _ = model((None, None), micro_batch)
-        assert logits is not None
-        sum_over_tokens(logits, micro_batch, num_tokens).backward()
-
-
-def seconds_of(function: Callable[[], None]) -> float:
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
 
 
 def main() -> None:

@@ -8,18 +8,17 @@ faster is a matter of the CPU's instructions and of the size of the matrices, so
 """
 
 import statistics
-import time
 from dataclasses import replace
 
 import torch
 
-from course_utils.number_words import Batch
 from course_utils.pipeline import Pipeline
-from course_utils.precision import LOW_PRECISION
-from course_utils.recipes import TrainingConfig, micro_batches_of, with_precision
+from course_utils.recipes import TrainingConfig, with_precision
 from course_utils.schedules import gpipe
 from course_utils.threads import run_in_threads
+from course_utils.training_state import build_rank
 from course_utils.transports import Worker
+from tests.benchmarks.capstone_step import by_turns
 
 MICRO_BATCHES = (1, 8)
 PRECISIONS = ("fp32", "bf16")
@@ -27,24 +26,12 @@ PRECISIONS = ("fp32", "bf16")
 
 def seconds_of_steps(worker: Worker, config: TrainingConfig, repetitions: int) -> dict[str, list[float]]:
     """{precision: seconds of each repetition}."""
-    seconds: dict[str, list[float]] = {precision: [] for precision in PRECISIONS}
-    pipelines = {}
-    for precision in PRECISIONS:
-        stages = {0: config.cut.build(0, config.seed)}
-        low_precision = LOW_PRECISION.get(precision)
-        schedule = gpipe(1, config.micro_batches)
-        pipelines[precision] = Pipeline(
-            stages, schedule, worker.transport, config.cut.carry_after, low_precision=low_precision
-        )
-    micro_batches: list[Batch] = micro_batches_of(config, tuple(range(config.highest - 1000, config.highest)), 0)
-    num_tokens = sum(m.num_tokens for m in micro_batches)
-    for repetition in range(1 + repetitions):
-        for precision in PRECISIONS if repetition % 2 else reversed(PRECISIONS):
-            plan = pipelines[precision].plan(micro_batches)
-            started = time.perf_counter()
-            pipelines[precision].step(micro_batches, plan, num_tokens, (config.seed, repetition))
-            seconds[precision].append(time.perf_counter() - started)
-    return {precision: column[1:] for precision, column in seconds.items()}
+    schedule = gpipe(1, config.micro_batches)
+    pipelines = {
+        precision: build_rank(worker.transport, replace(config, precision=precision), config.cut, schedule, Pipeline)[0]
+        for precision in PRECISIONS
+    }
+    return by_turns(worker, pipelines, config, repetitions)
 
 
 def measure(config: TrainingConfig | None = None, repetitions: int = 20) -> dict[int, dict[str, float]]:

@@ -2,48 +2,31 @@
 
     python -m tests.benchmarks.recording_cost
 
-The step: that of the capstone on two stages, as `checks_cost` takes it. The records: of the busiest rank, counted in a
+The step: that of the capstone on two stages (`capstone_step`). The records: of the busiest rank, counted in a
 run of the executor with every forward recomputed, which makes most of them.
 """
 
 import statistics
 import time
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-
 from course_utils.emulation import emulate
-from course_utils.number_words import split_numbers
 from course_utils.pipeline import Pipeline
-from course_utils.recipes import TrainingConfig, micro_batches_of
-from course_utils.schedules import SCHEDULES, Action, rematerialise
+from course_utils.recipes import TrainingConfig, settle
+from course_utils.schedules import Action
 from course_utils.threads import run_in_threads
 from course_utils.timeline import Timeline
-from tests.benchmarks.checks_cost import run_step, seconds_of
+from tests.benchmarks.capstone_step import beside_steps, seconds_of
 
 RECORDS = 2000  # that are timed together
 
 
 def measure(repetitions: int = 50) -> dict[str, float]:
     """{"record": microseconds, "records": of a rank per step, "step": milliseconds, "share": records/step}: medians."""
-    config = TrainingConfig()
-    records = records_per_step(config)
-    model = replace(config, stages=1).cut.build(0, config.seed)
-    numbers = split_numbers(config.lowest, config.highest, config.training_numbers, config.held_out, config.seed)
-    pairs = []
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for step in range(1 + repetitions):
-            micro_batches = micro_batches_of(config, numbers.training, step)
-            record = seconds_of(record_many) / RECORDS
-            pairs.append((record, seconds_of(partial(run_step, model, micro_batches)) / config.stages))
-    finally:
-        torch.set_num_threads(num_threads)
-    del pairs[0]  # to warm up
+    records = records_per_step(TrainingConfig())
+    pairs = beside_steps(lambda micro_batches: seconds_of(record_many) / RECORDS, repetitions)
     return {
         "record": 1e6 * statistics.median(record for record, _ in pairs),
         "records": records,
@@ -54,7 +37,7 @@ def measure(repetitions: int = 50) -> dict[str, float]:
 
 def records_per_step(config: TrainingConfig) -> int:
     """How many intervals the busiest rank records in a step."""
-    schedule = rematerialise(SCHEDULES[config.schedule](config.stages, config.micro_batches), "always")
+    _, schedule = settle(replace(config, rematerialisation="always"))
     timeline = emulate(schedule, 1e-5, 1e-5, message_shape=[1], run=run_in_threads)
     return max(list(timeline.rank).count(rank) for rank in range(config.stages))
 

@@ -8,40 +8,26 @@ taken in each turn: the table shows the medians. A step goes from micro-batches 
 """
 
 import statistics
-import time
 from typing import Any
-
-import torch.distributed as dist
 
 from course_utils.memory import measure_memory
 from course_utils.pipeline import Pipeline
 from course_utils.processes import launch
-from course_utils.recipes import TrainingConfig, micro_batches_of
+from course_utils.recipes import TrainingConfig
 from course_utils.schedules import POLICIES, gpipe, rematerialise
-from course_utils.transfer import agree
+from course_utils.training_state import build_rank
 from course_utils.transports import Worker
+from tests.benchmarks.capstone_step import by_turns
 
 
 def seconds_on_rank(worker: Worker, config: TrainingConfig, repetitions: int) -> dict[str, list[float]]:
     """{policy: seconds of each repetition} as this rank sees them."""
-    pipelines = {}
-    for policy in POLICIES:
-        stages = {worker.rank: config.cut.build(worker.rank, config.seed)}
-        schedule = rematerialise(gpipe(config.stages, config.micro_batches), policy)
-        pipelines[policy] = Pipeline(stages, schedule, worker.transport, config.cut.carry_after)
-    micro_batches = micro_batches_of(config, tuple(range(config.highest - 1000, config.highest)), 0)
-    num_tokens = sum(m.num_tokens for m in micro_batches)
-    seconds: dict[str, list[float]] = {policy: [] for policy in POLICIES}
-    for repetition in range(1 + repetitions):
-        turn = list(POLICIES) if repetition % 2 else list(reversed(POLICIES))
-        for policy in turn:
-            plan = pipelines[policy].plan(micro_batches)
-            agree(worker.transport, plan)
-            dist.barrier()
-            started = time.perf_counter()
-            pipelines[policy].step(micro_batches, plan, num_tokens, (config.seed, repetition))
-            seconds[policy].append(time.perf_counter() - started)
-    return {policy: column[1:] for policy, column in seconds.items()}
+    plain = gpipe(config.stages, config.micro_batches)
+    pipelines = {
+        policy: build_rank(worker.transport, config, config.cut, rematerialise(plain, policy), Pipeline)[0]
+        for policy in POLICIES
+    }
+    return by_turns(worker, pipelines, config, repetitions)
 
 
 def measure(config: TrainingConfig | None = None, repetitions: int = 20) -> dict[str, dict[str, Any]]:
