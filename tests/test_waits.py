@@ -847,7 +847,7 @@ def test_the_status_before_the_start_and_after_the_end() -> None:
     assert run.stacks() == {rank: "no stack: it is starting, or has ended" for rank in (0, 1)}
     with begun(one_is_slow, 3) as run:
         assert run.status().verdict.kind != "stopped"
-    assert str(run.status().verdict).startswith("the run was stopped; at that moment: stage")
+    assert str(run.status().verdict).startswith("the run was stopped; at that moment: ")
 
     def one_fails(worker: Worker) -> None:
         worker.emit("begun")

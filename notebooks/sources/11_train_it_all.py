@@ -158,7 +158,7 @@ show(draw_timelines([measured, simulated]), says=both)
 
 # %% [markdown]
 # The measured step has what the simulation leaves out: messages under way, other work of this machine, actions that take
-# longer one time than another. The table divides the time of every rank into parts that add up. All but *compute* is bubble,
+# longer one time than another. The table divides the time of every rank into parts that add up. All but *compute* and *recompute* is bubble,
 # and only the column *schedule*, estimated for equal stages, is the bubble that you predicted above; *slow neighbour* is what unequal
 # stages cost on top of it.
 
