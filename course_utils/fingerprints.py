@@ -63,6 +63,19 @@ class StageRecord:
         return {name: digest.hex() for name, digest in self.digests.items()}
 
 
+def step_summary(losses: Mapping[int, Tensor], parameters: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
+    """What one rank adds to the fingerprint of a single step: its micro-batches' losses, its parameters' gradients.
+
+    Args:
+        losses: {micro-batch: loss}; empty on a rank without the last stage.
+        parameters: (name in the whole model, parameter), as `Stage.named_parameters_globally` gives them.
+    """
+    record = StageRecord()
+    record.add_losses(losses)
+    record.add_gradients(parameters)
+    return record.summary()
+
+
 def fingerprint(records: Iterable[Mapping[str, str]]) -> str:
     """The fingerprint of a run, 12 hexadecimal digits, from the summaries of its ranks in any order.
 

@@ -136,10 +136,14 @@ def read_record(my_work: Path) -> dict[str, list[str]]:
 def write_record(my_work: Path, record: dict[str, list[str]]) -> None:
     text = json.dumps(record, indent=1, sort_keys=True)
     path = my_work / RECORD
-    if path.exists() and path.read_text("utf-8") == text:
-        return
-    my_work.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{RECORD}.{os.getpid()}")
+    if not path.exists() or path.read_text("utf-8") != text:
+        write_atomically(path, text)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file in one step, its folder too if it is missing: after a crash the old one is there, or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
     with unfinished.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

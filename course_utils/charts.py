@@ -1,0 +1,100 @@
+"""Bars, lines, and a prediction beside its outcome; each with a sentence from the same data, for `plots.show`."""
+
+from collections.abc import Mapping
+
+from matplotlib.figure import Figure
+
+from course_utils.plots import new_figure
+from course_utils.predictions import Prediction
+
+# Colours that colour-blind readers tell apart (Okabe and Ito, 2008); lines differ in dashes and markers too.
+LINES = [
+    ("#0072b2", "-", "o"),
+    ("#d55e00", "--", "s"),
+    ("#009e73", ":", "^"),
+    ("#000000", "-.", "D"),
+    ("#cc79a7", "-", "x"),
+]
+BAR, YOURS = "#56b4e9", "#d55e00"
+
+
+def draw_bars(values: Mapping[str, float], unit: str, title: str = "") -> Figure:
+    """One horizontal bar per name, its value written at its end. Raises a ValueError if there is none."""
+    if not values:
+        raise ValueError("there are no values to draw")
+    figure, axes = new_figure(1.0 + 0.35 * len(values))
+    bars = axes.barh(list(values), list(values.values()), color=BAR, edgecolor="#404040", height=0.6)
+    axes.bar_label(bars, [f"{value:.3g}" for value in values.values()], padding=3, fontsize=9)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set(xlabel=unit, title=title)
+    return figure
+
+
+def describe_bars(values: Mapping[str, float], unit: str, title: str = "") -> str:
+    """`Bytes per block, in bytes: head 2064, ...`"""
+    named = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
+    return f"{title or 'Bars'}, in {unit}: {named}."
+
+
+def draw_lines(
+    series: Mapping[str, Mapping[float, float]],
+    x: str,
+    y: str,
+    title: str = "",
+    log_x: bool = False,
+    log_y: bool = False,
+) -> Figure:
+    """One line per name through its points {x: y}, all points marked.
+
+    Raises:
+        ValueError: there is no line, or more than can be told apart.
+    """
+    if not 0 < len(series) <= len(LINES):
+        raise ValueError(
+            f"{len(series)} lines were given; there may be 1 to {len(LINES)}, so that they can be told apart"
+        )
+    figure, axes = new_figure(3.2)
+    for (name, points), (color, dashes, marker) in zip(series.items(), LINES, strict=False):
+        axes.plot(list(points), list(points.values()), color=color, linestyle=dashes, marker=marker, label=name)
+    axes.set(xlabel=x, ylabel=y, title=title)
+    places = sorted({place for points in series.values() for place in points})
+    if log_x:
+        axes.set_xscale("log", base=2)
+    if log_x or len(places) <= 10:
+        axes.set_xticks(places, [f"{place:g}" for place in places])
+        axes.minorticks_off()
+    if log_y:
+        axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right center", frameon=False)
+    return figure
+
+
+def describe_lines(series: Mapping[str, Mapping[float, float]], x: str, y: str, title: str = "") -> str:
+    """Each line in words: where it begins and where it ends."""
+    parts = []
+    for name, points in series.items():
+        first, last = min(points), max(points)
+        parts.append(f"{name}: {points[first]:.3g} at {x} {first:g}, {points[last]:.3g} at {x} {last:g}")
+    return f"{title or 'Lines'}, {y} over {x}. {'; '.join(parts)}."
+
+
+def outcome(guess: Prediction) -> dict[str, float]:
+    """{name: value} of what there is: your prediction, the formula's, the measurement."""
+    found = {"your prediction": guess.value, "formula": guess.formula, "measured": guess.measured}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def draw_prediction(guess: Prediction) -> Figure:
+    """Your prediction, the formula's and the measured value as bars; what there is not is left out."""
+    figure = draw_bars(outcome(guess), guess.unit, guess.name)
+    if guess.value is not None:
+        figure.axes[0].patches[0].set(facecolor=YOURS, hatch="///")
+    return figure
+
+
+def describe_prediction(guess: Prediction) -> str:
+    """`bubble, K=4, M=8: your prediction 0.3, formula 0.273, measured 0.281 (share of the total time).`"""
+    named = ", ".join(f"{name} {value:.3g}" for name, value in outcome(guess).items())
+    return f"{guess.name}: {named}{f' ({guess.unit})' * bool(guess.unit)}."

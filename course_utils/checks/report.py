@@ -1,0 +1,110 @@
+"""What the checks of all lessons share: how they say what is wrong, and how they end what does not end."""
+
+import ctypes
+import dis
+import math
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+# What is left of a function whose body is a docstring, `...` or `pass`, in Python 3.11 to 3.14.
+OF_AN_EMPTY_BODY = {"RESUME", "NOP", "LOAD_CONST", "RETURN_CONST", "RETURN_VALUE", "COPY_FREE_VARS", "CACHE"}
+
+
+class Wrong(Exception):
+    """An answer is not right: the message says what was expected and what came, never how to write it."""
+
+
+class TookTooLong(BaseException):
+    """Raised inside an answer that is still running at its limit. No answer can catch it by `except Exception`."""
+
+
+def is_unwritten(answer: Callable) -> bool:
+    """Whether a function does nothing yet."""
+    code = getattr(answer, "__code__", None)
+    if code is None:
+        return False
+    instructions = list(dis.get_instructions(code))
+    only_none = all(i.argval is None for i in instructions if i.opname in ("LOAD_CONST", "RETURN_CONST"))
+    return only_none and {i.opname for i in instructions} <= OF_AN_EMPTY_BODY
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """End what runs in the block after some seconds, on every system: by an exception at its next line of Python."""
+    thread, lock, ended = ctypes.c_ulong(threading.get_ident()), threading.Lock(), threading.Event()
+
+    def end() -> None:
+        with lock:
+            if not ended.is_set():
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(TookTooLong))
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        with lock:
+            ended.set()
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, None)  # one that has not come through yet
+
+
+def expect(what: str, expected: Any, came: Any) -> None:
+    """Raises Wrong unless both are equal; tensors in shape, dtype and every bit."""
+    if isinstance(expected, torch.Tensor):
+        check_tensor(what, expected, came)
+        if not torch.equal(expected, came):
+            raise Wrong(f"{what}: {first_difference(expected, came)}")
+    elif came is None:
+        raise Wrong(f"{what}: expected {expected!r}, nothing came. Is a `return` missing?")
+    elif came != expected:
+        raise Wrong(f"{what}: expected {expected!r}, came {came!r}.")
+
+
+def expect_close(what: str, expected: Any, came: Any, tolerance: float) -> None:
+    """Raises Wrong unless a number, or the norm of a tensor's difference, is at most `tolerance` away."""
+    if isinstance(expected, torch.Tensor):
+        check_tensor(what, expected, came)
+        away = (expected - came).norm().item()
+        if not away <= tolerance:
+            raise Wrong(
+                f"{what}: off by {away:.3g} in norm, {tolerance:.3g} is allowed. {first_difference(expected, came)}"
+            )
+    elif came is None:
+        raise Wrong(f"{what}: expected {expected:.6g}, nothing came. Is a `return` missing?")
+    else:
+        try:
+            number = float(came)
+        except (TypeError, ValueError):
+            raise Wrong(f"{what}: expected a number, {expected:.6g}, came {came!r}.") from None
+        if not math.isclose(number, expected, rel_tol=0, abs_tol=tolerance):
+            raise Wrong(f"{what}: expected {expected:.6g}, came {number:.6g}.")
+
+
+def check_tensor(what: str, expected: torch.Tensor, came: Any) -> None:
+    """Raises Wrong unless `came` is a tensor of the expected shape and dtype."""
+    if came is None:
+        raise Wrong(
+            f"{what}: expected a tensor, nothing came. Is a `return` missing, or a gradient that never arrived?"
+        )
+    if not isinstance(came, torch.Tensor):
+        raise Wrong(f"{what}: expected a tensor, came {came!r}.")
+    if came.shape != expected.shape:
+        raise Wrong(f"{what}: expected the shape {tuple(expected.shape)}, came {tuple(came.shape)}.")
+    if came.dtype != expected.dtype:
+        raise Wrong(f"{what}: expected {expected.dtype}, came {came.dtype}.")
+
+
+def first_difference(expected: torch.Tensor, came: torch.Tensor) -> str:
+    """`At [0, 2]: expected 1.5, came 2.`: where two tensors of one shape first differ."""
+    places = (expected != came).nonzero()
+    if not len(places):
+        return ""
+    place = tuple(places[0].tolist())
+    at = f"at {list(place)}: " if place else ""
+    return f"{at}expected {expected[place].item():.6g}, came {came[place].item():.6g}."
