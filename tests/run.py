@@ -16,9 +16,13 @@ from pathlib import Path
 
 COURSE = Path(__file__).resolve().parents[1]
 RESULTS = COURSE / ".test-results"
-BUDGETS = {"test": 720, "test --smoke": 120, "check": 120}  # seconds on two cores, all steps together
+# Seconds on two cores, all steps together.
+BUDGETS = {"test": 1020, "test --smoke": 120, "test --lessons": 360, "check": 120}
+LESSONS_BUDGET = 360  # all of them
 LESSON_BUDGET = {"11": 150}  # the capstone trains a model
 ANY_LESSON_BUDGET = 45
+CELL_LIMIT = {"11": 150}  # seconds after which a cell counts as hung; tests/nbval_limits.py applies them
+ANY_CELL_LIMIT = 60
 QUICK = "not slow and not network and not gpu"
 
 
@@ -41,8 +45,15 @@ class Step:
         return [sys.executable, "-m", *self.arguments, *report]
 
 
-def plan(which: str, notebooks: bool) -> list[Step]:
-    """The steps of "test", "test --smoke" or "check", in order."""
+def plan(which: str, notebooks: list[str]) -> list[Step]:
+    """The steps of "test", "test --smoke", "test --lessons" or "check", in order."""
+    # Two at a time, but the cells of one notebook in one process: they depend on each other.
+    workers = str(min(2, usable_cores()))
+    two_at_a_time = ("-n", workers, "--dist", "loadscope", "--no-loadscope-reorder")
+    arguments = ("pytest", "-p", "tests.nbval_limits", "--nbval-lax", *two_at_a_time, *notebooks)
+    lessons = Step("lessons", arguments, LESSONS_BUDGET, "lessons")
+    if which == "test --lessons":
+        return [lessons]
     if which == "test --smoke":
         return [Step("smoke tests", ("pytest", "-m", "smoke"), 120, "smoke")]
     steps = [
@@ -53,22 +64,49 @@ def plan(which: str, notebooks: bool) -> list[Step]:
     if which == "check":
         return [*steps, Step("quick tests", ("pytest", "-m", QUICK), 90, "quick")]
     steps.append(Step("tests", ("pytest",), 570, "tests"))
-    if notebooks:
-        # Two at a time, but the cells of one notebook in one process: they depend on each other.
-        workers = str(min(2, os.cpu_count() or 1))
-        lessons = ("pytest", "--nbval-lax", "-n", workers, "--dist", "loadscope", "notebooks")
-        steps.append(Step("lessons", lessons, 240, "lessons"))
-    return steps
+    return [*steps, lessons] if notebooks else steps
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def notebooks_of(numbers: list[str]) -> list[str]:
+    """The notebooks of these lessons, longest first so that none is begun last and waited for; of all if none is given.
+
+    Raises:
+        ValueError: a lesson has no notebook.
+    """
+    found = sorted((COURSE / "notebooks").glob("*.ipynb"))
+    if missing := sorted(set(numbers) - {path.name[:2] for path in found}):
+        raise ValueError(f"there is no lesson {missing[0]}; there are {' '.join(path.name[:2] for path in found)}")
+    wanted = [path for path in found if not numbers or path.name[:2] in numbers]
+    wanted.sort(key=lambda path: -LESSON_BUDGET.get(path.name[:2], ANY_LESSON_BUDGET))
+    return [path.relative_to(COURSE).as_posix() for path in wanted]
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="course.py", description="Run the checks of the course.")
     parser.add_argument("which", choices=["test", "check"])
     parser.add_argument("--smoke", action="store_true", help="only what must work on every system (with test)")
+    parser.add_argument("--lessons", nargs="+", metavar="NN", help="run these lessons and nothing else (with test)")
+    parser.add_argument("--cores", type=int, help="use so many cores, where the system can say that (Linux)")
     options = parser.parse_args(arguments)
-    which = "test --smoke" if options.which == "test" and options.smoke else options.which
+    if (options.smoke or options.lessons) and options.which != "test":
+        parser.error("--smoke and --lessons belong to test")
+    which = "test --smoke" if options.smoke else "test --lessons" if options.lessons else options.which
+    try:
+        notebooks = notebooks_of(options.lessons or [])
+    except ValueError as error:
+        parser.error(str(error))
+    if options.cores:
+        if not 1 <= options.cores <= usable_cores() or not hasattr(os, "sched_setaffinity"):
+            parser.error(
+                f"--cores {options.cores}: this process may use {usable_cores()}, and Linux alone can say fewer"
+            )
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])  # what is started inherits it
     RESULTS.mkdir(exist_ok=True)
-    steps = plan(which, notebooks=any((COURSE / "notebooks").glob("*.ipynb")))
+    steps = plan(which, notebooks)
     results: list[tuple[Step, int, float]] = []
     for step in steps:
         print(f"\n=== {step.name}: {subprocess.list2cmdline(step.command[1:])}", flush=True)

@@ -138,22 +138,27 @@ def test_the_engine_can_be_read_in_one_sitting():
     assert sum(counted.values()) <= 1400, counted
 
 
+NOTEBOOKS = ["notebooks/11_all.ipynb"]
+
+
 # --- The runs --------------------------------------------------------------------------------------------------------
 
 
 def test_test_runs_everything_and_check_the_quick_part():
-    everything = [step.name for step in run.plan("test", notebooks=True)]
+    everything = [step.name for step in run.plan("test", NOTEBOOKS)]
     assert everything == ["lint", "format", "types", "tests", "lessons"]
-    quick = run.plan("check", notebooks=True)
+    quick = run.plan("check", NOTEBOOKS)
     assert [step.name for step in quick] == ["lint", "format", "types", "quick tests"]
     assert "not slow" in " ".join(quick[-1].command)
-    assert [step.name for step in run.plan("test", notebooks=False)] == everything[:-1]
-    (smoke,) = run.plan("test --smoke", notebooks=True)
+    assert [step.name for step in run.plan("test", [])] == everything[:-1]
+    (smoke,) = run.plan("test --smoke", NOTEBOOKS)
     assert "smoke" in smoke.arguments
+    (lessons,) = run.plan("test --lessons", NOTEBOOKS)
+    assert lessons.arguments[-1] == NOTEBOOKS[-1] and lessons.name == "lessons"
 
 
 def test_reports_lie_in_a_folder_that_git_ignores():
-    for step in run.plan("test", notebooks=True):
+    for step in run.plan("test", NOTEBOOKS):
         assert not step.tests or f"--junitxml={run.RESULTS / step.tests}.xml" in step.command
     assert f"/{run.RESULTS.name}/" in (COURSE / ".gitignore").read_text("utf-8").splitlines()
 
@@ -179,6 +184,6 @@ def test_the_table_shows_each_lesson(monkeypatch, tmp_path):
         for i in range(2)
     )
     (tmp_path / "lessons.xml").write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
-    step = run.plan("test", notebooks=True)[-1]
+    step = run.plan("test", NOTEBOOKS)[-1]
     rows = [text for text, _ in run.table("test", [(step, 0, 110.0)])]
     assert re.search(r"02_cut +20\.0 +45 +ok$", rows[2]) and re.search(r"11_all +200\.0 +150 +ok, 1\.3 times", rows[3])

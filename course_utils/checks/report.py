@@ -4,6 +4,7 @@ import ctypes
 import dis
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,11 +36,13 @@ def is_unwritten(answer: Callable) -> bool:
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
     """End what runs in the block after some seconds, on every system: by an exception at its next line of Python."""
-    thread, lock, ended = ctypes.c_ulong(threading.get_ident()), threading.Lock(), threading.Event()
+    thread, lock = ctypes.c_ulong(threading.get_ident()), threading.Lock()
+    ended, raised = threading.Event(), threading.Event()
 
     def end() -> None:
         with lock:
             if not ended.is_set():
+                raised.set()
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(TookTooLong))
 
     timer = threading.Timer(seconds, end)
@@ -47,11 +50,14 @@ def time_limit(seconds: float) -> Iterator[None]:
     timer.start()
     try:
         yield
+        with lock:
+            ended.set()
+        for _ in range(1000 * raised.is_set()):  # at the last moment: it comes through within a few lines
+            time.sleep(0)
     finally:
         timer.cancel()
         with lock:
             ended.set()
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, None)  # one that has not come through yet
 
 
 def expect(what: str, expected: Any, came: Any) -> None:

@@ -1,0 +1,667 @@
+# %% [markdown] tags=["opening"]
+# # 00 · Start here
+#
+# **You will be able to** say what pipeline parallelism is, when it pays and when it does not, read the notation of this
+# course, and say what your machine can do in it.
+#
+# **You need** PyTorch's training loop, and what attention is. No GPU, and no experience with more than one process.
+#
+# **Minutes:** 25 to read, 1 to run. **New terms:** [stage](00_start_here.ipynb#stage),
+# [micro-batch](00_start_here.ipynb#micro-batch), [bubble](00_start_here.ipynb#bubble),
+# [data parallelism](00_start_here.ipynb#data-parallelism), [tensor parallelism](00_start_here.ipynb#tensor-parallelism),
+# [rank](00_start_here.ipynb#rank).
+#
+# You will build pipeline parallelism yourself, from one model in one process to a Transformer that trains over several
+# processes. At every step you check that it computes, to the last bit, what one device computes.
+
+# %% tags=["where"]
+from course_utils.course_map import where
+
+where("00")
+
+# %% [markdown]
+# ## Why
+# A model that trains needs room for each weight, for its gradient, and for the two numbers that Adam keeps of it. In 32 bits that is
+# 4 times 4 bytes per parameter, and what the forward pass leaves for the backward pass comes on top. The next cell does the sum for two models:
+# the capstone of this course, and the largest Transformer of the GPipe paper (83.9 billion parameters; Huang et al., 2019, table 1).
+
+# %% tags=["claim:room", "nbval-check-output"]
+import math
+
+from course_utils.recipes import TrainingConfig
+
+capstone = TrainingConfig()
+shapes = [shape for builder in capstone.cut.builders for shape in builder.parameter_shapes().values()]
+models = {"the capstone": sum(map(math.prod, shapes)), "GPipe's largest": 83_900_000_000}
+for name, parameters in models.items():
+    room = 4 * 4 * parameters
+    print(f"{name}: {parameters:,} parameters, {room:,} bytes, devices of 80 GB: {math.ceil(room / 80e9)} or more")
+
+# %% [markdown]
+# The second one fits on no single device, whatever you do with the batch. It has to be cut, and
+# [lesson 02](02_cut_it.ipynb) cuts the first one, because there you can see everything.
+
+# %% [markdown]
+# ## What
+# A Transformer is a list of layers. Cut the list into $K$ pieces, give each piece, a *stage*, to a device of its own, and hand
+# the result of one on to the next: an assembly line. A line with one car on it is no faster than one worker, so the
+# mini-batch is cut too, into $M$ *micro-batches*, and the next one enters while the one before is still further down the line.
+#
+# Here are three stages and three micro-batches. `F0` is the forward, `B0` the backward pass of micro-batch 0, a
+# dot is an idle worker, and time runs to the right. A *rank* is the number of a process; it holds one stage. First one car at a time:
+
+# %% tags=["nbval-check-output"]
+from course_utils.schedules import gpipe, naive
+from course_utils.simulation import simulate, staircase
+
+print(staircase(naive(3, 3)))
+
+# %% [markdown]
+# At every moment one rank works and two wait. Now the next car enters as soon as the first station is free:
+
+# %% tags=["nbval-check-output"]
+print(staircase(gpipe(3, 3)))
+
+# %% [markdown]
+# The same 18 passes in 10 slots instead of 18. This is the schedule of GPipe: all forwards, then all backwards. The dots that
+# remain are the *bubble*: the line has to fill and to drain.
+#
+# Now with four stages and eight micro-batches. One at a time takes 64 slots, since $4 \cdot 8 \cdot 2 = 64$ passes follow each other.
+# How many slots does the assembly line need? Count along the staircase, and put your number in place of `None`.
+
+# %%
+from course_utils.predictions import predict
+
+guess = predict("length of a step", K=4, M=8, unit="slots", value=None)
+
+# %% tags=["claim:line", "nbval-check-output"]
+one_at_a_time, line = simulate(naive(4, 8)), simulate(gpipe(4, 8))
+K, M = 4, 8
+guess.settle(measured=line.makespan, formula=2 * (M + K - 1))
+print(f"one at a time {one_at_a_time.makespan:.0f} slots, the assembly line {line.makespan:.0f}")
+assert line.makespan == 2 * (M + K - 1) and one_at_a_time.makespan == 2 * K * M
+
+# %%
+from course_utils.charts import describe_prediction
+from course_utils.plots import describe_timeline, draw_timelines, show
+
+sentences = [describe_timeline(one_at_a_time), describe_timeline(line), describe_prediction(guess)]
+
+# %%
+show(draw_timelines([one_at_a_time, line]), says=" ".join(sentences))
+
+# %% [markdown]
+# Above one micro-batch at a time, below the assembly line. Both are simulated: every pass takes one slot and messages take none. Real stages are unequal, messages take time, and
+# workers disturb each other. [Lesson 04](04_naive_model_parallelism.ipynb) measures the upper one on real processes,
+# [lesson 06](06_the_gpipe_schedule.ipynb) the lower one, and [lesson 07](07_bubble_and_stash.ipynb) counts the bubble.
+
+# %% [markdown]
+# ## When, and where
+# There are three ways to put one training run on several devices, and large runs combine them.
+#
+# | | each device holds | what crosses between devices | it is for |
+# | --- | --- | --- | --- |
+# | *data parallelism* | the whole model, a part of the batch | all gradients, once per step | a model that fits |
+# | *tensor parallelism* | a part of every large matrix | activations, several times per layer | a layer that is too large or too slow, fast links |
+# | pipeline parallelism | some of the layers | activations of a border and their gradients, per micro-batch | a model that does not fit, slower links |
+#
+# Megatron-LM's advice is tensor parallelism inside a server and pipeline parallelism between servers (Narayanan et al.,
+# 2021, section 3.2). The reason is in the third column. For the capstone you can count it: two stages hand over what the encoder
+# understood, and get its gradient back; two data-parallel copies have to exchange the gradient of every weight.
+
+# %% tags=["claim:border", "nbval-check-output"]
+memory = capstone.cut.carry_after(0, geometry=(64, 6, 7))[1]  # 64 rows of six digits
+at_the_border = 2 * 4 * math.prod(memory.shape)
+of_all_gradients = 4 * models["the capstone"]
+print(f"per step: {at_the_border:,} bytes over the border, {of_all_gradients:,} bytes of gradients")
+assert at_the_border < of_all_gradients / 5
+
+# %% [markdown]
+# The first number grows with the rows of the batch, the second one with every layer that the model has.
+#
+# ## When not to
+# **If it fits on one device, do not cut it.** With several devices copy it instead (data parallelism): there is no
+# bubble and nothing to balance. A pipeline of two equal stages with eight micro-batches cannot be twice as fast even if
+# messages cost nothing:
+
+# %% tags=["claim:limit", "nbval-check-output"]
+gain = simulate(naive(2, 8)).makespan / simulate(gpipe(2, 8)).makespan
+print(f"two equal stages, eight micro-batches: {gain:.2f} times as fast as one worker, at most")
+assert gain == 2 * 8 / (8 + 2 - 1)
+
+# %% [markdown]
+# And on this machine? The next cells train the capstone's model in two ways that may both use two cores: as two stages with one thread
+# each, and in one process with two threads, which takes the mini-batch in one piece. The pipeline has a
+# bubble, messages and unequal stages, and every micro-batch has its fixed costs. How does its time per step compare?
+
+# %%
+guess = predict("time in a pipeline over time in one process", d_model=128, unit="times", value=None)
+
+# %%
+import statistics
+import time
+from dataclasses import replace
+
+import torch
+
+from course_utils.training import plain_loop, train
+
+
+def in_a_pipeline(config):
+    """Seconds per step of two stages on two processes."""
+    ends = []
+    train(config, on_step=lambda step: ends.append(time.perf_counter()))
+    return (ends[-1] - ends[0]) / (len(ends) - 1)  # the first step of a fresh process is slower
+
+
+def in_one_process(config):
+    """Seconds per step of one process that takes each mini-batch in one piece."""
+    return plain_loop(replace(config, stages=1, micro_batches=1)).seconds / config.steps
+
+
+# %% [markdown]
+# The two ways take turns, up to three times each, and the medians are compared. The sweep over the width of the model, `d_model`, begins
+# nothing new after 15 s. How busy is the machine with other things?
+
+# %%
+from course_utils.machine import of_others, work_of_others
+
+others = [work_of_others()]
+print(of_others(others[0]))
+
+# %%
+short = replace(capstone, steps=4, held_out=0, recorded_steps=0)
+ratios, threads, began = {}, torch.get_num_threads(), time.perf_counter()
+torch.set_num_threads(2)
+for d_model in (128, 256, 64, 384):
+    config, pairs = replace(short, model=replace(short.model, d_model=d_model)), []
+    while len(pairs) < 3 and time.perf_counter() - began < 15:
+        if not pairs:
+            in_one_process(replace(config, steps=1))  # warms up
+        pairs.append((in_a_pipeline(config), in_one_process(config)))
+        others.append(work_of_others(0.1))
+    if pairs:
+        pipeline, process = (statistics.median(times) for times in zip(*pairs, strict=True))
+        ratios[d_model] = pipeline / process
+        print(f"d_model {d_model}: {pipeline * 1000:.0f} ms in a pipeline, {process * 1000:.0f} ms in one process")
+torch.set_num_threads(threads)
+
+# %%
+guess.settle(measured=ratios[128])
+ratios = dict(sorted(ratios.items()))
+tried, faster = list(ratios), [d_model for d_model, ratio in ratios.items() if ratio < 1]
+print(f"A step of the capstone takes {ratios[128]:.2f} times as long in a pipeline as in one process.")
+if statistics.mean(others) > 0.2:
+    print("Other programs were at work meanwhile, so that says little: run the cells again when they are done.")
+elif faster:
+    print(f"Of the sizes tried, d_model {tried}, the pipeline was faster at {faster}.")
+else:
+    print(f"It did not turn within the sizes tried, d_model {tried}: one process was faster at each.")
+
+# %%
+from course_utils.charts import describe_lines, draw_lines
+
+lines = {"pipeline / one process": ratios, "equally fast": {d_model: 1.0 for d_model in ratios}}
+if guess.value is not None:
+    lines["your prediction"] = {128: guess.value}
+names = {"x": "d_model", "y": "time per step, ratio", "title": "Measured: two stages against two threads"}
+
+# %%
+show(draw_lines(lines, **names), says=describe_lines(lines, **names))
+
+# %% [markdown]
+# Above 1 the pipeline loses, below 1 it wins. Both sides have the same two cores. The one process has no bubble, and large pieces are computed
+# more efficiently than small ones, so do not count on a larger model to turn it as long as the model fits.
+# What turns it for certain is the day on which the model does not fit: then the one process does not run at all.
+# The models of this course are small because you can see through them, not because they need a pipeline.
+
+# %% [markdown]
+# ## Notation
+# These letters mean the same in all lessons.
+#
+# - $w_{t+1} = w_t - \eta \nabla L(w_t)$: one step of gradient descent, with weights $w$, step $t$, learning rate $\eta$ and loss $L$.
+# - $K$ stages, numbered from 0 to $K - 1$, and $M$ micro-batches, from 0 to $M - 1$.
+# - $a_{i+1}^m = f_i(a_i^m, w_i)$: stage $i$ with its weights $w_i$ turns what it gets of micro-batch $m$ into what it hands on.
+# - $\nabla L(w_i) = \sum_m \nabla L(w_i^m)$: the gradient of a stage's weights is the sum over the micro-batches.
+#
+# The last line is why micro-batches change nothing about what is learnt. [Lesson 05](05_micro_batches.ipynb) shows when it holds.
+
+# %% [markdown]
+# ## Your machine
+# The lessons adapt to it. The next cell asks which cores, memory and GPUs there are, and lets two identical workers do the same
+# work at the same time. Are they equally fast? On a processor with fast and slow cores equal stages are not equal.
+
+# %%
+from course_utils.machine import describe_machine, inspect_machine
+
+guess = predict("speed of the faster of two identical workers over the slower", unit="times", value=None)
+
+# %%
+machine = inspect_machine()
+guess.settle(measured=machine.unequal)
+print(describe_machine(machine))
+
+# %%
+from course_utils.charts import draw_prediction
+
+show(draw_prediction(guess), says=describe_prediction(guess))
+
+# %% [markdown]
+# All lessons run whatever is written there: none compares a time with a fixed number, and sentences about speed are made by
+# the cell that measures it.
+
+# %% [markdown]
+# ## A script that does not run
+# This course began with an article whose script trains a Transformer for this task, numbers to words, with PyTorch's `Pipe`. It does not
+# run today. Here are its first three failures, in short equivalents of its parts. The first line of work is an import:
+
+# %% tags=["raises-exception", "nbval-check-output"]
+from torch.distributed.pipeline.sync import Pipe
+
+model = Pipe(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)), chunks=2)
+
+# %% [markdown]
+# PyTorch removed that module. Its successor, [`torch.distributed.pipelining`](https://docs.pytorch.org/docs/stable/distributed.pipelining.html),
+# wants to know what a stage and a schedule are, which is what you are about to learn. Next, the vocabulary: it holds words, and the input is digits.
+
+# %% tags=["raises-exception", "nbval-check-output"]
+vocabulary = {"<pad>": 0, "one": 1, "two": 2, "three": 3}
+for token in "123":
+    vocabulary[token]
+
+# %% [markdown]
+# Two languages need two vocabularies. With that mended the model is reached. The batch has 32 rows with 3 digits each and 4 words to write:
+
+# %% tags=["raises-exception", "nbval-check-output"]
+import warnings
+
+from torch import nn
+
+torch.manual_seed(0)
+digits, words = torch.randn(32, 3, 16), torch.randn(32, 4, 16)  # (rows, length, d_model)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # about a faster path that this model cannot take
+    sequence_first = nn.Transformer(16, 2, 1, 1, 32, dropout=0.0)
+sequence_first(digits, words)
+
+# %% [markdown]
+# By default [`nn.Transformer`](https://docs.pytorch.org/docs/stable/generated/torch.nn.Transformer.html) wants the length first, and takes 32 for the length
+# and 3 and 4 for the numbers of rows. Here it noticed. Now let both have four tokens, change row 1 and look at row 0:
+
+# %% tags=["claim:rows-leak", "nbval-check-output"]
+batch_first = nn.Transformer(16, 2, 1, 1, 32, dropout=0.0, batch_first=True)
+four_digits = torch.randn(32, 4, 16)
+other_words = words.clone()
+other_words[1] += 1.0
+for name, model in (("sequence first", sequence_first), ("batch first", batch_first)):
+    before, after = model(four_digits, words), model(four_digits, other_words)
+    print(f"{name}: row 0 {'changed' if not torch.allclose(before[0], after[0], atol=1e-4) else 'stayed'}")
+assert not torch.allclose(sequence_first(four_digits, words)[0], sequence_first(four_digits, other_words)[0], atol=1e-4)
+assert torch.allclose(batch_first(four_digits, words)[0], batch_first(four_digits, other_words)[0], atol=1e-4)
+
+# %% [markdown]
+# No error, and the rows of the batch look at each other: the model sees what it shall predict. Errors that raise nothing are the
+# expensive ones, and they are why every lesson from 02 on ends in a comparison of bits. [Lesson 01](01_one_device.ipynb) shows
+# another mistake of this kind; the whole script is taken apart near the end of the course.
+
+# %% [markdown] tags=["stub"]
+# ## Write it first
+# In every lesson you write its heart yourself, before you see it. Put your code in place of the `...`; the check answers at once. Here it is a self-test: if
+# these three are easy, you know what this course builds on. First, one step of gradient descent, $w_{t+1} = w_t - \eta \nabla L(w_t)$.
+
+# %% tags=["stub", "nbval-check-output"]
+from course_utils.checks import check
+
+
+def gradient_step(w, gradient, learning_rate):
+    """Return the weights after one step of gradient descent; leave the given tensor w as it is."""
+    ...  # your turn: one line
+
+
+check("00.step", gradient_step)
+
+# %% [markdown] tags=["stub"]
+# A stage gets the gradient of what it handed on and passes on the gradient of what it got: that is the chain rule. `f` and `g` are functions of
+# one number, `df` and `dg` their derivatives.
+
+
+# %% tags=["stub", "nbval-check-output"]
+def chained_gradient(x, f, df, dg):
+    """Return the derivative of g(f(x)) at x."""
+    ...  # your turn: one line
+
+
+check("00.chain", chained_gradient)
+
+# %% [markdown] tags=["stub"]
+# `backward()` *adds* to what `.grad` holds. That is a trap in a training loop, and the tool that sums over micro-batches.
+
+
+# %% tags=["stub", "nbval-check-output"]
+def add_up(w, losses):
+    """Call backward once for each loss, loss(w), and return the gradient of their sum. w.grad may hold an old gradient."""
+    ...  # your turn: about four lines
+
+
+check("00.add_up", add_up)
+
+# %% [markdown]
+# If one of them was hard, read PyTorch's
+# [introduction to autograd](https://docs.pytorch.org/tutorials/beginner/basics/autogradqs_tutorial.html) first. Solutions are
+# below, under Answers.
+
+# %% [markdown] tags=["summary"]
+# ## What you know now
+# - A model needs at least 16 bytes per parameter while it trains in 32 bits with Adam; the largest fit on no device. <!-- shown: room -->
+# - An assembly line of $K$ stages does $M$ micro-batches in $2(M + K - 1)$ slots instead of $2KM$. <!-- shown: line -->
+# - Over the border of a pipeline goes less than the gradients of all weights. <!-- shown: border -->
+# - Two equal stages with eight micro-batches gain at most 16/9: a model that fits is better left whole. <!-- shown: limit -->
+# - A batch in the wrong order of dimensions mixes its rows without an error. <!-- shown: rows-leak -->
+#
+# **Kept for later:** `inspect_machine` and `describe_machine` in `course_utils/machine.py`.
+#
+# **Practise:** give the sweep above wider models, or `batch_size=256` in `short`, and see whether it turns on your machine.
+#
+# **Next:** [01 · One device](01_one_device.ipynb).
+
+# %% [markdown]
+# ## Questions
+# 1. Your model fits on one device and you have four. What do you do?
+# 2. Why does an assembly line with one micro-batch gain nothing?
+# 3. Data parallelism makes the batch of each device smaller. Why does that not help a model of 83.9 billion parameters?
+# 4. Would the sequence-first mistake show in a falling loss?
+
+# %% [markdown] tags=["answers"]
+# ## Answers
+# 1. Data parallelism: a copy on each device and a part of the batch for each.
+# 2. Every stage needs the result of the one before. With one micro-batch only one stage has something to do at a time.
+# 3. A smaller batch leaves fewer activations, but every device still holds all weights, gradients and Adam's numbers.
+# 4. You cannot count on it. Nothing keeps the loss from falling; what is wrong is that a row's answer depends on the other rows.
+#
+# The self-test:
+
+
+# %% tags=["answers", "nbval-check-output"]
+def gradient_step(w, gradient, learning_rate):
+    """Return the weights after one step of gradient descent; leave the given tensor w as it is."""
+    return w - learning_rate * gradient
+
+
+check("00.step", gradient_step)
+
+
+# %% tags=["answers", "nbval-check-output"]
+def chained_gradient(x, f, df, dg):
+    """Return the derivative of g(f(x)) at x."""
+    return dg(f(x)) * df(x)
+
+
+check("00.chain", chained_gradient)
+
+
+# %% tags=["answers", "nbval-check-output"]
+def add_up(w, losses):
+    """Call backward once for each loss, loss(w), and return the gradient of their sum. w.grad may hold an old gradient."""
+    w.grad = None
+    for loss in losses:
+        loss(w).backward()
+    return w.grad
+
+
+check("00.add_up", add_up)
+
+# %% [markdown]
+# ## References
+# Huang et al., 2019, *GPipe*, [arXiv 1811.06965](https://arxiv.org/abs/1811.06965), section 2.3 and table 1 · Narayanan et al., 2021, *Efficient Large-Scale
+# Language Model Training on GPU Clusters Using Megatron-LM*, [arXiv 2104.04473](https://arxiv.org/abs/2104.04473), sections 2 and 3.2 · Kingma and Ba, 2015, *Adam*, [arXiv 1412.6980](https://arxiv.org/abs/1412.6980) ·
+# PyTorch: [torch.distributed.pipelining](https://docs.pytorch.org/docs/stable/distributed.pipelining.html),
+# [nn.Transformer](https://docs.pytorch.org/docs/stable/generated/torch.nn.Transformer.html).
+
+# %% [markdown] tags=["glossary"]
+# ## Glossary
+#
+# Each term with the lesson that introduces it.
+
+# %% [markdown] tags=["glossary"]
+# #### 1f1b
+# One forward, one backward: a schedule in which a stage starts a micro-batch's backward as soon as it can. Its bubble
+# is that of GPipe, but stage $k$ keeps at most $K - k$ micro-batches. [Lesson 07](07_bubble_and_stash.ipynb).
+#
+# #### action
+# One entry of a schedule: one stage computes the forward or the backward pass of one micro-batch. In text `0F3`:
+# stage 0, forward, micro-batch 3. [Lesson 06](06_the_gpipe_schedule.ipynb).
+#
+# #### activation
+# A tensor that a layer computes in the forward pass. Autograd keeps many of them, because the backward pass needs
+# them. [Lesson 01](01_one_device.ipynb).
+#
+# #### asynchronous send
+# A send that returns at once, while the message is still under way. The tensor must stay as it is, and the handle
+# must be kept, until the send is known to be done. [Lesson 06](06_the_gpipe_schedule.ipynb).
+#
+# #### backend
+# The library that carries messages for `torch.distributed`: gloo or NCCL. [Lesson
+# 03](03_two_processes_that_talk.ipynb).
+#
+# #### bandwidth
+# How many bytes per second a connection carries once a message is under way. [Lesson
+# 03](03_two_processes_that_talk.ipynb).
+#
+# #### block
+# The smallest unit into which this course cuts a model, an encoder layer for example: a module that turns a carry
+# into a carry. [Lesson 01](01_one_device.ipynb).
+#
+# #### border
+# The place between two neighbouring stages. Activations cross it forwards, their gradients backwards. [Lesson
+# 02](02_cut_it.ipynb).
+
+# %% [markdown] tags=["glossary"]
+# #### bubble
+# The time in which ranks stand idle during a step. As a share of the total time it is $(K-1)/(M+K-1)$ for GPipe with
+# equal stages, as a share of the ideal time $(K-1)/M$: always say which one you mean. This lesson and [lesson
+# 07](07_bubble_and_stash.ipynb).
+#
+# #### carry
+# The pair (hidden, memory) that a block takes and hands on. It is all that ever crosses a border. [Lesson
+# 01](01_one_device.ipynb).
+#
+# #### channel
+# A directed pair of ranks, sender and receiver, with the messages that travel between them in order. [Lesson
+# 06](06_the_gpipe_schedule.ipynb).
+#
+# #### collective
+# An operation in which all ranks of a group must take part, such as a barrier or an all-reduce. If one rank does not
+# call it, the others wait. [Lesson 03](03_two_processes_that_talk.ipynb).
+#
+# #### cut
+# Where a model is divided into stages; to divide it there. [Lesson 02](02_cut_it.ipynb).
+#
+# #### data parallelism
+# Every device holds the whole model and works on a part of the batch; gradients are exchanged once per step. It is
+# for models that fit on one device. This lesson.
+#
+# #### deadlock
+# Ranks wait for each other in a circle, so that none can ever go on. [Lesson 03](03_two_processes_that_talk.ipynb).
+#
+# #### efficiency
+# The ideal time of a step over its makespan; 1 minus the bubble as a share of the total time. [Lesson
+# 07](07_bubble_and_stash.ipynb).
+
+# %% [markdown] tags=["glossary"]
+# #### emulated
+# The stages sleep instead of computing, and the messages are real. So a few cores can show the timing of many stages;
+# pictures say it on their labels. [Lesson 04](04_naive_model_parallelism.ipynb).
+#
+# #### executor
+# The loop that carries out a rank's actions in the order that the schedule says. [Lesson
+# 06](06_the_gpipe_schedule.ipynb).
+#
+# #### filestore
+# A file through which processes find each other at the start of a run. No port is opened for it. [Lesson
+# 03](03_two_processes_that_talk.ipynb).
+#
+# #### fingerprint
+# A short string computed from the bits of all losses and gradients (and weights, at the end of a run). Two
+# computations with the same fingerprint agree in every bit. [Lesson 01](01_one_device.ipynb).
+#
+# #### global norm
+# The norm of all gradients of the model taken together, over all stages. Clipping by a stage's own norm would change
+# the direction of the step. [Lesson 11](11_train_it_all.ipynb).
+#
+# #### gloo
+# The backend that PyTorch uses for messages between processors. A send of gloo moves only after its receive is
+# posted. [Lesson 03](03_two_processes_that_talk.ipynb).
+#
+# #### gpipe
+# The schedule of Huang et al. (2019): all forwards of a mini-batch, then all backwards. [Lesson
+# 06](06_the_gpipe_schedule.ipynb).
+#
+# #### gradient accumulation
+# Adding up the gradients of several micro-batches in `.grad` before the weights change once. [Lesson
+# 05](05_micro_batches.ipynb).
+
+# %% [markdown] tags=["glossary"]
+# #### head of line
+# The first message of a queue. While it waits, everything behind it waits too, even what could move. [Lesson
+# 06](06_the_gpipe_schedule.ipynb).
+#
+# #### ideal time
+# How long a step would take if no rank ever stood idle: the work of one rank. [Lesson 07](07_bubble_and_stash.ipynb).
+#
+# #### latency
+# The time that a message takes however short it is. [Lesson 03](03_two_processes_that_talk.ipynb).
+#
+# #### launch
+# Starting the processes of a run, each with its rank, and collecting what they return. [Lesson
+# 03](03_two_processes_that_talk.ipynb).
+#
+# #### leaf
+# A tensor that requires a gradient and that no recorded operation has made; `backward()` fills its `.grad`. What a
+# stage receives becomes a leaf. [Lesson 02](02_cut_it.ipynb).
+#
+# #### loss scale
+# A number by which the loss is multiplied so that small gradients do not vanish in float16; gradients are divided by
+# it before they are used. Lesson 08.
+#
+# #### makespan
+# The time from the first start to the last end of a step, over all ranks. [Lesson 07](07_bubble_and_stash.ipynb).
+#
+# #### mask
+# A tensor of truth values that says which positions attention may look at: no padding, and in the decoder nothing
+# that comes later. [Lesson 01](01_one_device.ipynb).
+
+# %% [markdown] tags=["glossary"]
+# #### mean of means
+# The average of the micro-batches' mean losses. It is wrong as soon as they hold different numbers of tokens. [Lesson
+# 05](05_micro_batches.ipynb).
+#
+# #### memory
+# What the encoder has made of the source sequence. Every layer of the decoder looks at it. (Memory that is counted in
+# bytes is called so.) [Lesson 01](01_one_device.ipynb).
+#
+# #### micro-batch
+# A piece of a mini-batch that goes through the pipeline as one. A mini-batch is cut into $M$ of them. This lesson and
+# [lesson 05](05_micro_batches.ipynb).
+#
+# #### mini-batch
+# The rows after which the weights change once. [Lesson 05](05_micro_batches.ipynb).
+#
+# #### mixed precision
+# Matrix products in numbers of 16 bits, weights and optimizer in 32. Lesson 08.
+#
+# #### naive model parallelism
+# The model is cut into stages, and one micro-batch at a time goes through all of them, forward and then backward. One
+# rank works while the others wait. [Lesson 04](04_naive_model_parallelism.ipynb).
+#
+# #### nccl
+# The backend for messages between GPUs of NVIDIA. [Lesson 03](03_two_processes_that_talk.ipynb).
+#
+# #### padding
+# Filler at the end of short rows, so that a batch is a rectangle. Padding counts in no loss and is looked at by
+# nobody. [Lesson 01](01_one_device.ipynb).
+
+# %% [markdown] tags=["glossary"]
+# #### partition
+# For every stage the indices of its blocks. [Lesson 02](02_cut_it.ipynb).
+#
+# #### peak stash
+# The most micro-batches, or bytes, that a rank keeps at once during a step. [Lesson 07](07_bubble_and_stash.ipynb).
+#
+# #### process
+# A running program with memory of its own. Stages in different processes see nothing of each other but messages.
+# [Lesson 03](03_two_processes_that_talk.ipynb).
+#
+# #### ragged
+# Of unequal sizes: micro-batches whose rows or lengths differ. [Lesson 05](05_micro_batches.ipynb).
+#
+# #### rank
+# The number of a process in a run, from 0 to world size minus 1. This lesson and [lesson
+# 03](03_two_processes_that_talk.ipynb).
+#
+# #### re-materialisation
+# Keeping only what a stage received and computing its forward once more just before the backward. It saves memory and
+# costs time; the bits stay the same. [Lesson 07](07_bubble_and_stash.ipynb).
+#
+# #### rendezvous
+# The meeting of two sides before anything moves: of processes at the start of a run, and of a send with its receive.
+# [Lesson 03](03_two_processes_that_talk.ipynb).
+#
+# #### root
+# A tensor from which `backward` starts, together with its gradient. A stage starts from all tensors that it handed
+# on. [Lesson 02](02_cut_it.ipynb).
+
+# %% [markdown] tags=["glossary"]
+# #### schedule
+# For every rank, its actions in order. It is data: it can be printed, drawn, validated and priced before anything
+# runs. [Lesson 06](06_the_gpipe_schedule.ipynb).
+#
+# #### send and receive
+# The two halves of a message between two ranks. Both must agree on shape and dtype. [Lesson
+# 03](03_two_processes_that_talk.ipynb).
+#
+# #### simulated
+# Computed from a schedule and costs, without running anything. [Lesson 06](06_the_gpipe_schedule.ipynb).
+#
+# #### stage
+# A run of neighbouring blocks, held by one rank. This lesson and [lesson 02](02_cut_it.ipynb).
+#
+# #### staircase
+# The picture of a pipeline's step: each rank begins one slot after the one before it. [Lesson
+# 06](06_the_gpipe_schedule.ipynb).
+#
+# #### stash
+# What a stage keeps of a micro-batch from its forward to its backward pass. [Lesson 02](02_cut_it.ipynb).
+#
+# #### teacher forcing
+# In training the decoder gets the right words so far, the *target input*, and not those that it would have written
+# itself. So all positions are trained at once. [Lesson 01](01_one_device.ipynb).
+#
+# #### tensor parallelism
+# Every large matrix is divided among devices that compute each layer together. They exchange activations several
+# times per layer. This lesson.
+
+# %% [markdown] tags=["glossary"]
+# #### throughput
+# How much work is done per time: micro-batches, rows or tokens per second. [Lesson
+# 04](04_naive_model_parallelism.ipynb).
+#
+# #### timeline
+# For every rank, what it did from when to when; measured, emulated or simulated. [Lesson
+# 04](04_naive_model_parallelism.ipynb).
+#
+# #### token-weighted loss
+# The sum over all tokens of a mini-batch divided by their number, so that every token weighs the same however the
+# batch is cut. [Lesson 05](05_micro_batches.ipynb).
+#
+# #### utilisation
+# The share of a step's time in which a rank computes. [Lesson 04](04_naive_model_parallelism.ipynb).
+#
+# #### validator
+# The function that says before a run whether a schedule can run, and why not. [Lesson
+# 06](06_the_gpipe_schedule.ipynb).
+#
+# #### wait-for graph
+# Who waits for whom. A circle in it is a deadlock. [Lesson 03](03_two_processes_that_talk.ipynb).
+#
+# #### world size
+# How many processes a run has. [Lesson 03](03_two_processes_that_talk.ipynb).
