@@ -70,6 +70,13 @@ def test_without_a_notebook_only_the_sentence_is_printed(capsys: pytest.CaptureF
     assert capsys.readouterr().out == "one value\n"
 
 
+def test_a_long_sentence_is_broken_between_words(capsys: pytest.CaptureFixture) -> None:
+    says = " ".join(["bubble"] * 40)
+    show(draw_curve([1.0]), says=says)
+    lines = capsys.readouterr().out.splitlines()
+    assert " ".join(lines) == says and max(map(len, lines)) <= 100
+
+
 @pytest.mark.parametrize("says", ["", "  \n"])
 def test_a_picture_without_a_sentence(says: str) -> None:
     with pytest.raises(ValueError, match="says is empty"):
