@@ -10,8 +10,10 @@ import os
 import statistics
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -119,6 +121,24 @@ def products_per_second(matrix: torch.Tensor, seconds: float) -> float:
 def work_of_others(seconds: float = 0.3) -> float:
     """The share of the processor's time that is in use while this process waits: between 0 and 1."""
     return psutil.cpu_percent(seconds) / 100
+
+
+def beside_others(work: Callable, *arguments: Any) -> tuple[Any, float]:
+    """Do work in this process; return its result and the share of the processor's time that others used meanwhile."""
+    began = time.perf_counter(), time.process_time(), seconds_in_use()
+    result = work(*arguments)
+    passed, own, all_in_use = (
+        time.perf_counter() - began[0],
+        time.process_time() - began[1],
+        seconds_in_use() - began[2],
+    )
+    return result, max(0.0, (all_in_use - own) / (passed * (psutil.cpu_count() or 1)))
+
+
+def seconds_in_use() -> float:
+    """For how many seconds the cores of this machine have worked, together and for whomever."""
+    times = psutil.cpu_times()
+    return times.user + times.system
 
 
 def usable_cores() -> int:

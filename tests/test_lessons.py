@@ -18,6 +18,10 @@ FROM_02 = [path for path in LESSONS if path.name[:2] >= "02"]
 # Definitions that a lesson makes and the package keeps: the same code in both.
 KEPT = {
     # (lesson, name): module
+    ("01", "padding_mask"): "transformer",
+    ("01", "causal_mask"): "transformer",
+    ("01", "target_mask"): "transformer",
+    ("01", "sum_over_tokens"): "pipeline",
     ("03", "send"): "links",
     ("03", "receive"): "links",
     ("03", "exchange"): "links",

@@ -111,3 +111,18 @@ def test_a_driver_that_does_not_fit_is_no_gpu_and_no_noise(monkeypatch, recwarn)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert machine.names_of_gpus() == ()
     assert not recwarn.list
+
+
+def test_the_work_of_others_is_told_from_ones_own(monkeypatch):
+    clocks = {"passed": 0.0, "own": 0.0, "all": 0.0}
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: clocks["passed"])
+    monkeypatch.setattr(machine.time, "process_time", lambda: clocks["own"])
+    monkeypatch.setattr(machine, "seconds_in_use", lambda: clocks["all"])
+    monkeypatch.setattr(machine.psutil, "cpu_count", lambda: 2)
+
+    def work(result, **seconds):
+        clocks.update(seconds)
+        return result
+
+    assert machine.beside_others(lambda: work("alone", passed=1.0, own=2.0, all=2.0)) == ("alone", 0.0)
+    assert machine.beside_others(lambda: work("shared", passed=2.0, own=3.0, all=4.0)) == ("shared", 0.5)

@@ -164,39 +164,41 @@ def in_one_process(config):
 # nothing new after 15 s. How busy is the machine with other things?
 
 # %%
-from course_utils.machine import of_others, work_of_others
+from course_utils.machine import beside_others, of_others, work_of_others
 
-others = [work_of_others()]
-print(of_others(others[0]))
+print(of_others(work_of_others()))
 
 # %%
 short = replace(capstone, steps=4, held_out=0, recorded_steps=0)
-ratios, threads, began = {}, torch.get_num_threads(), time.perf_counter()
+ratios, disturbed, threads, began = {}, [], torch.get_num_threads(), time.perf_counter()
 torch.set_num_threads(2)
 for d_model in (128, 256, 64, 384):
-    config, pairs = replace(short, model=replace(short.model, d_model=d_model)), []
+    config, pairs, others = replace(short, model=replace(short.model, d_model=d_model)), [], []
     while len(pairs) < 3 and time.perf_counter() - began < 15:
         if not pairs:
             in_one_process(replace(config, steps=1))  # warms up
-        pairs.append((in_a_pipeline(config), in_one_process(config)))
-        others.append(work_of_others(0.1))
+        in_pipeline, (in_process, share) = in_a_pipeline(config), beside_others(in_one_process, config)
+        pairs.append((in_pipeline, in_process))
+        others.append(share)
     if pairs:
         pipeline, process = (statistics.median(times) for times in zip(*pairs, strict=True))
         ratios[d_model] = pipeline / process
+        disturbed += [d_model] if max(others) > 0.2 else []
         print(f"d_model {d_model}: {pipeline * 1000:.0f} ms in a pipeline, {process * 1000:.0f} ms in one process")
 torch.set_num_threads(threads)
 
 # %%
 guess.settle(measured=ratios[128])
 ratios = dict(sorted(ratios.items()))
-tried, faster = list(ratios), [d_model for d_model, ratio in ratios.items() if ratio < 1]
-print(f"A step of the capstone takes {ratios[128]:.2f} times as long in a pipeline as in one process.")
-if statistics.mean(others) > 0.2:
-    print("Other programs were at work meanwhile, so that says little: run the cells again when they are done.")
-elif faster:
-    print(f"Of the sizes tried, d_model {tried}, the pipeline was faster at {faster}.")
-else:
-    print(f"It did not turn within the sizes tried, d_model {tried}: one process was faster at each.")
+counted = [d_model for d_model in ratios if d_model not in disturbed]
+faster = [d_model for d_model in counted if ratios[d_model] < 1]
+print(f"A step of the capstone took {ratios[128]:.2f} times as long in a pipeline as in one process.")
+if disturbed:
+    print(f"Other programs were at work at d_model {disturbed}: that says little, measure again when they are done.")
+if faster:
+    print(f"Of the sizes measured undisturbed, d_model {counted}, the pipeline was faster at {faster}.")
+elif counted:
+    print(f"It did not turn within the sizes measured undisturbed, d_model {counted}: one process was faster at each.")
 
 # %%
 from course_utils.charts import describe_lines, draw_lines
