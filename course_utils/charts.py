@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from course_utils.plots import new_figure
 from course_utils.predictions import Prediction
@@ -18,13 +19,27 @@ LINES = [
 BAR, YOURS = "#56b4e9", "#d55e00"
 
 
+def in_figures(value: float) -> str:
+    """Three figures, and never an exponent for a large number: 0.273, 12.3, 2,370."""
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def short(value: float, place: float | None = None) -> str:
+    """For an axis: 0.5, 200, 64k, 4.2M. (`place` is what matplotlib hands to a formatter.)"""
+    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= unit:
+            return f"{value / unit:.3g}{name}"
+    return f"{value:.3g}"
+
+
 def draw_bars(values: Mapping[str, float], unit: str, title: str = "") -> Figure:
     """One horizontal bar per name, its value written at its end. Raises a ValueError if there is none."""
     if not values:
         raise ValueError("there are no values to draw")
     figure, axes = new_figure(1.0 + 0.35 * len(values))
     bars = axes.barh(list(values), list(values.values()), color=BAR, edgecolor="#404040", height=0.6)
-    axes.bar_label(bars, [f"{value:.3g}" for value in values.values()], padding=3, fontsize=9)
+    axes.bar_label(bars, [in_figures(value) for value in values.values()], padding=3, fontsize=9)
+    axes.xaxis.set_major_formatter(short)
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set(xlabel=unit, title=title)
@@ -33,7 +48,7 @@ def draw_bars(values: Mapping[str, float], unit: str, title: str = "") -> Figure
 
 def describe_bars(values: Mapping[str, float], unit: str, title: str = "") -> str:
     """`Bytes per block, in bytes: head 2064, ...`"""
-    named = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
+    named = ", ".join(f"{name} {in_figures(value)}" for name, value in values.items())
     return f"{title or 'Bars'}, in {unit}: {named}."
 
 
@@ -59,13 +74,20 @@ def draw_lines(
         axes.plot(list(points), list(points.values()), color=color, linestyle=dashes, marker=marker, label=name)
     axes.set(xlabel=x, ylabel=y, title=title)
     places = sorted({place for points in series.values() for place in points})
+    axes.xaxis.set_major_formatter(short)
+    axes.yaxis.set_major_formatter(short)
     if log_x:
         axes.set_xscale("log", base=2)
     if log_x or len(places) <= 10:
-        axes.set_xticks(places, [f"{place:g}" for place in places])
+        axes.set_xticks(places, [short(place) for place in places])
         axes.minorticks_off()
     if log_y:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(short)
+        axes.yaxis.set_minor_locator(NullLocator())
+    elif all(value >= 0 for points in series.values() for value in points.values()):
+        axes.set_ylim(bottom=0)  # a line that starts elsewhere looks steeper than it is
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right center", frameon=False)
     return figure
@@ -76,7 +98,9 @@ def describe_lines(series: Mapping[str, Mapping[float, float]], x: str, y: str, 
     parts = []
     for name, points in series.items():
         first, last = min(points), max(points)
-        parts.append(f"{name}: {points[first]:.3g} at {x} {first:g}, {points[last]:.3g} at {x} {last:g}")
+        parts.append(
+            f"{name}: {in_figures(points[first])} at {x} {first:g}, {in_figures(points[last])} at {x} {last:g}"
+        )
     return f"{title or 'Lines'}, {y} over {x}. {'; '.join(parts)}."
 
 
@@ -96,5 +120,5 @@ def draw_prediction(guess: Prediction) -> Figure:
 
 def describe_prediction(guess: Prediction) -> str:
     """`bubble, K=4, M=8: your prediction 0.3, formula 0.273, measured 0.281 (share of the total time).`"""
-    named = ", ".join(f"{name} {value:.3g}" for name, value in outcome(guess).items())
+    named = ", ".join(f"{name} {in_figures(value)}" for name, value in outcome(guess).items())
     return f"{guess.name}: {named}{f' ({guess.unit})' * bool(guess.unit)}."

@@ -190,8 +190,8 @@ def write_names(axes: Axes, timeline: Timeline, longest: float) -> None:
             text.set_bbox({"facecolor": STYLES[interval.kind]["facecolor"], "linewidth": 0, "pad": 1})
 
 
-def describe_timeline(timeline: Timeline) -> str:
-    """The picture in words: how long, how busy each rank is, how large the bubble."""
+def describe_timeline(timeline: Timeline, with_bubble: bool = True) -> str:
+    """The picture in words: how long, how busy each rank is, and, if it is wanted, how large the bubble."""
     if timeline.makespan == 0:
         return f"An empty timeline ({timeline.label})."
     start = (
@@ -204,7 +204,7 @@ def describe_timeline(timeline: Timeline) -> str:
     all_time = timeline.num_ranks * timeline.makespan
     other = [f"{KINDS[kind]} {timeline.time_in(kind) / all_time:.1%}" for kind in "Rws" if ord(kind) in timeline.kind]
     also = f"Of the time of all ranks: {', '.join(other)}. " if other else ""
-    if timeline.idle() == all_time:
+    if timeline.idle() == all_time or not with_bubble:
         return f"{start}{ranks} of that time. {also}".rstrip()
     return (
         f"{start}{ranks} of that time. {also}"

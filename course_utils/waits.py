@@ -57,21 +57,21 @@ class Wait:
         return f"{noun} {self.peer} to take {self.what}" if self.sends else f"{self.what} from {noun} {self.peer}"
 
     def now(self, noun: str, with_time: bool = True) -> str:
-        """`waits for the activations of micro-batch 3 from stage 0 since 4.1 s`"""
+        """`waits for the activations of micro-batch 3 from stage 0 (for 4.1 s)`"""
         queue = ""
         if self.ahead is not None and self.ahead.rank == self.rank:
             queue = ", behind another in its queue"
         elif self.ahead is not None:
             queue = f", which is behind another in {noun} {self.peer}'s queue"
-        return f"waits for {self.message(noun)}{since(self.seconds) if with_time else ''}{queue}"
+        return f"waits for {self.message(noun)}{for_how_long(self.seconds) if with_time else ''}{queue}"
 
     def past(self, noun: str) -> str:
         """`waited 4.1 s for the activations of micro-batch 3 from stage 0`"""
         return f"waited{f' {self.seconds:.1f} s' if self.seconds >= SHOWN_FROM else ''} for {self.message(noun)}"
 
 
-def since(seconds: float) -> str:
-    return f" since {seconds:.1f} s" if seconds >= SHOWN_FROM else ""
+def for_how_long(seconds: float) -> str:
+    return f" (for {seconds:.1f} s)" if seconds >= SHOWN_FROM else ""
 
 
 @dataclass
@@ -106,10 +106,10 @@ class RankState:
         return f"it was in {self.text}" if self.text else "it computed"
 
     def line(self, noun: str) -> str:
-        """`stage 1 waits for the activations of micro-batch 3 from stage 0 since 4.1 s`"""
+        """`stage 1 waits for the activations of micro-batch 3 from stage 0 (for 4.1 s)`"""
         text = {
-            "starting": f"is starting{since(self.seconds)}",
-            "computing": f"{f'is in {self.text}' if self.text else 'computes'}{since(self.seconds)}",
+            "starting": f"is starting{for_how_long(self.seconds)}",
+            "computing": f"{f'is in {self.text}' if self.text else 'computes'}{for_how_long(self.seconds)}",
             "waiting": self.wait.now(noun) if self.wait else "",
             "gave up": f"gave up: {self.was(noun)}",
             "lost": f"lost its connection while {self.was(noun)}",

@@ -107,3 +107,17 @@ def test_the_map_marks_one_lesson(capsys):
     assert capsys.readouterr().out.startswith("Lesson 00 of 00 to 12, Start here. It adds:")
     with pytest.raises(ValueError, match="no lesson '13'"):
         course_map.where("13")
+
+
+def test_numbers_on_pictures_have_no_exponents():
+    assert describe_bars({"a": 2370.4, "b": 0.27272}, "kB") == "Bars, in kB: a 2,370, b 0.273."
+    axes = draw_lines({"a": {4: 40.0, 4**11: 5000.0}}, "bytes", "µs", log_x=True, log_y=True).axes[0]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["4", "4.19M"]
+    axes.figure.draw_without_rendering()
+    assert {"50", "100", "200", "1k", "2k"} <= {tick.get_text() for tick in axes.get_yticklabels()}
+    assert draw_bars({"a": 4e6}, "bytes").axes[0].texts[0].get_text() == "4,000,000"
+
+
+def test_lines_of_what_cannot_be_negative_begin_at_zero():
+    assert draw_lines({"a": {1: 70.0, 2: 90.0}}, "M", "ms").axes[0].get_ylim()[0] == 0
+    assert draw_lines({"a": {1: -1.0, 2: 90.0}}, "M", "ms").axes[0].get_ylim()[0] < 0

@@ -545,7 +545,7 @@ def test_a_stage_that_sleeps_for_ever_ends_by_the_limit_of_a_wait():
         r"stage 0 failed: WaitTimeout: stage 0 waited 0.7 s for a number from stage 1\n\nTraceback",
         str(error),
     )
-    assert "at that moment:\nstage 1 computes since 0." in str(error)
+    assert "at that moment:\nstage 1 computes (for 0." in str(error)
 
 
 def test_a_stage_that_sleeps_for_ever_ends_by_the_limit_of_the_run():
@@ -559,7 +559,7 @@ def test_a_stage_that_sleeps_for_ever_ends_by_the_limit_of_the_run():
     assert re.match(
         r"stage 1 is slow: stage 0 waits for it, it has been computing for 0\.\d s\n\n"
         r"the run had not ended after 0.7 s \(limit\)\n\n"
-        r"at that moment:\nstage 0 waits for a number from stage 1 since 0\.\d s\nstage 1 computes since 0\.\d s$",
+        r"at that moment:\nstage 0 waits for a number from stage 1 \(for 0\.\d s\)\nstage 1 computes \(for 0\.\d s\)$",
         str(error),
     )
 
@@ -574,7 +574,7 @@ def test_a_start_that_takes_too_long():
     error = fails(lambda worker, *args: None, 2, SlowToUnpickle(), torch.zeros(1_000_000), startup_limit=1.0)
     assert (error.rank, error.kind) == (None, "limit")
     assert str(error).startswith("stages 0 and 1 did not start within 1 s (startup_limit)")
-    assert "stage 0 is starting since" in str(error)
+    assert "stage 0 is starting (for" in str(error)
 
 
 @on_linux

@@ -62,7 +62,7 @@ VERDICTS: dict[str, tuple[list[RankState], str, tuple[int, ...], int | None, str
     "two in a circle": (
         [waiting(0, 1, GRADIENTS, seconds=4.1), waiting(1, 0, ACTIVATIONS, seconds=2.0)],
         *("deadlock", (0, 1), None),
-        "stage 0 waits for the gradients of micro-batch 0 from stage 1 since 4.1 s; stage 1 waits for the activations "
+        "stage 0 waits for the gradients of micro-batch 0 from stage 1 (for 4.1 s); stage 1 waits for the activations "
         "of micro-batch 3 from stage 0: both wait, this is a deadlock",
     ),
     "three in a circle, and one who waits for it": (
@@ -74,7 +74,7 @@ VERDICTS: dict[str, tuple[list[RankState], str, tuple[int, ...], int | None, str
     "a circle of which one has given up and one has lost its peer": (
         [waiting(0, 1, state="gave up", seconds=2.0), waiting(1, 0, state="lost", seconds=2.0)],
         *("deadlock", (0, 1), None),
-        "stage 0 waits for a letter from stage 1 since 2.0 s; stage 1 waits for a letter from stage 0: both wait, this "
+        "stage 0 waits for a letter from stage 1 (for 2.0 s); stage 1 waits for a letter from stage 0: both wait, this "
         "is a deadlock",
     ),
     "one alone": ([waiting(0, 0)], "deadlock", (0,), None, "stage 0 waits for a letter from stage 0: it waits for "
@@ -128,7 +128,7 @@ VERDICTS: dict[str, tuple[list[RankState], str, tuple[int, ...], int | None, str
     "one that has ended": (
         [waiting(0, 2, seconds=1.5), waiting(1, 0, sends=True, seconds=2.0), ended(2)],
         *("abandoned", (2,), 2),
-        "stage 1 waits for stage 0 to take a letter since 2.0 s; stage 0 waits for a letter from stage 2, but stage 2 "
+        "stage 1 waits for stage 0 to take a letter (for 2.0 s); stage 0 waits for a letter from stage 2, but stage 2 "
         "has ended: it will never send",
     ),
     "one that has ended and does not receive": (
@@ -201,7 +201,7 @@ def test_what_a_queue_holds_up() -> None:
     own_head.ahead = head
     verdict = Snapshot([RankState(0, "waiting", wait=wait), computing(1), ended(2)]).verdict
     assert str(verdict) == (
-        "stage 0 waits for letter 3 from stage 2 since 1.0 s, behind another in its queue; stage 0 waits for letter 1 "
+        "stage 0 waits for letter 3 from stage 2 (for 1.0 s), behind another in its queue; stage 0 waits for letter 1 "
         "from stage 1, which is behind another in stage 1's queue; stage 1 waits for stage 2 to take letter 2, but "
         "stage 2 has ended: it will never receive"
     )
@@ -223,10 +223,10 @@ def test_a_snapshot_has_a_line_for_every_rank() -> None:
     snapshot = Snapshot(states, more="and more")
     assert repr(snapshot).splitlines() == [
         "stage 8's process ended (exit code 1) while it computed; stages 4, 5 and 7 failed because of that",
-        "  stage 0 waits for the activations of micro-batch 3 from stage 1 since 2.0 s",
-        "  stage 1 is in B of micro-batch 5 since 3.0 s",
+        "  stage 0 waits for the activations of micro-batch 3 from stage 1 (for 2.0 s)",
+        "  stage 1 is in B of micro-batch 5 (for 3.0 s)",
         "  stage 2 computes",
-        "  stage 3 is starting since 1.0 s",
+        "  stage 3 is starting (for 1.0 s)",
         "  stage 4 gave up: it waited 2.0 s for a letter from stage 1",
         "  stage 5 lost its connection while it waited for a letter from stage 1",
         "  stage 6 has ended",
@@ -616,7 +616,7 @@ def in_a_circle(worker: Worker) -> None:
 
 
 DEADLOCK = (
-    r"stage 0 waits for the gradients of micro-batch 0 from stage 1( since \d+\.\d s)?; stage 1 waits for the "
+    r"stage 0 waits for the gradients of micro-batch 0 from stage 1( \(for \d+\.\d s\))?; stage 1 waits for the "
     r"activations of micro-batch 3 from stage 0: both wait, this is a deadlock"
 )
 
@@ -633,7 +633,7 @@ def test_a_deadlock_seen_from_another_thread_and_then_by_its_error() -> None:
     (snapshot,) = seen
     first, *lines = str(snapshot).splitlines()
     assert re.fullmatch(DEADLOCK, first) and snapshot.verdict.ranks == (0, 1)
-    assert [re.sub(r" since \d+\.\d s", "", line) for line in lines] == [
+    assert [re.sub(r" \(for \d+\.\d s\)", "", line) for line in lines] == [
         "  stage 0 waits for the gradients of micro-batch 0 from stage 1",
         "  stage 1 waits for the activations of micro-batch 3 from stage 0",
         "  stage 2 computes",
@@ -665,7 +665,7 @@ def test_the_slow_stage_is_the_one_to_blame(options: dict[str, float]) -> None:
         error = error_of(run)
     assert (error.rank, error.kind) == (2, "timeout" if "wait_limit" in options else "limit")
     assert re.match(sentence + "\n\n", str(error))
-    assert re.search(r"\nstage 2 is in B of micro-batch 5 since \d\.\d s$", str(error))
+    assert re.search(r"\nstage 2 is in B of micro-batch 5 \(for \d\.\d s\)$", str(error))
 
 
 @pytest.mark.processes
@@ -766,7 +766,7 @@ def test_with_several_stages_on_a_rank_one_speaks_of_ranks() -> None:
         receive(worker, 1 - worker.rank, Message(2, 1, 0) if worker.rank else Message(1, 2, 0))
 
     sentence = (
-        r"rank 0 waits for the activations of micro-batch 0 from rank 1( since \d\.\d s)?; "
+        r"rank 0 waits for the activations of micro-batch 0 from rank 1( \(for \d\.\d s\))?; "
         r"rank 1 waits for the gradients of micro-batch 0 from rank 0: both wait, this is a deadlock"
     )
     with begun(looped, 2, wait_limit=1.0) as run:
@@ -808,7 +808,7 @@ def test_a_time_out_that_was_none_of_the_transports() -> None:
         error = error_of(run)
     assert (error.rank, error.kind) == (0, "timeout")
     assert re.match(r"stage 0 failed: \w+: .*[Tt]imed out", str(error))
-    assert "at that moment:\nstage 1 computes since 0." in str(error)
+    assert "at that moment:\nstage 1 computes (for 0." in str(error)
 
 
 def busy(worker: Worker) -> None:
