@@ -39,8 +39,16 @@ def test_a_link_leads_to_a_notebook_that_learners_have(path):
     for target in re.findall(r"\]\(([^)\s]+)\)", "\n".join(prose)):
         if re.match(r"https?://|#", target):
             continue
-        file = (path.parent / target.partition("#")[0]).resolve()
+        name, _, anchor = target.partition("#")
+        file = (path.parent / name).resolve()
         assert file in [path.resolve() for path in COPIED_TO_LEARNERS], f"{path.name} links to {target}"
+        assert not anchor or anchor in anchors(file), f"{path.name} links to {target}: there is no such heading"
+
+
+def anchors(path):
+    """What can stand behind # in a link to a notebook: JupyterLab's form of its headings."""
+    prose = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown"]
+    return {heading.strip().replace(" ", "-") for heading in re.findall(r"^#+ (.+)$", "\n".join(prose), re.M)}
 
 
 @pytest.mark.parametrize("path", COPIED_TO_LEARNERS, ids=lambda path: path.stem)
