@@ -19,21 +19,21 @@ from course_utils.transports import Worker
 # --- Messages -------------------------------------------------------------------------------------------------
 
 
-def send(worker: Worker, tensor: Tensor, peer: int, what: str) -> None:
+def send(worker: Worker, tensor: Tensor, peer: int, label: str) -> None:
     """Send a contiguous tensor; return when it is on its way, which is not before the peer has begun to receive.
 
     Args:
-        what: the message in words; it is only used to explain a wait.
+        label: the message in words; it is only used to explain a wait.
 
     Raises:
         TransferError: the wait ran out, or the peer has gone; in threads `Deadlock`.
     """
-    worker.transport.wait(worker.transport.isend(tensor, peer, what))
+    worker.transport.wait(worker.transport.isend(tensor, peer, label))
 
 
-def receive(worker: Worker, buffer: Tensor, peer: int, what: str) -> Tensor:
+def receive(worker: Worker, buffer: Tensor, peer: int, label: str) -> Tensor:
     """Fill a buffer of exactly the shape and dtype that the peer sends, and return it. Raises as `send` does."""
-    worker.transport.wait(worker.transport.irecv(buffer, peer, what))
+    worker.transport.wait(worker.transport.irecv(buffer, peer, label))
     return buffer
 
 
@@ -55,21 +55,23 @@ def present(tensors: Iterable[Tensor | None]) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor is not None]
 
 
-def send_carry(worker: Worker, tensors: Iterable[Tensor | None], peer: int, what: str) -> None:
+def send_carry(worker: Worker, tensors: Iterable[Tensor | None], peer: int, label: str) -> None:
     """Send each tensor that is there as a message of its own, all at once. Raises as `send` does."""
     outgoing = [tensor.detach().contiguous() for tensor in present(tensors)]
-    for operation in [worker.transport.isend(tensor, peer, what) for tensor in outgoing]:
+    for operation in [worker.transport.isend(tensor, peer, label) for tensor in outgoing]:
         worker.transport.wait(operation)
 
 
-def receive_carry(worker: Worker, specs: Sequence[CarrySpec | None], peer: int, what: str) -> tuple[Tensor | None, ...]:
+def receive_carry(
+    worker: Worker, specs: Sequence[CarrySpec | None], peer: int, label: str
+) -> tuple[Tensor | None, ...]:
     """Receive what `send_carry` sends: a new tensor for each spec, None where the spec is None. Raises as `send` does.
 
     Args:
         specs: shape and dtype of each tensor, from `CutModel.carry_after`; nothing of it is sent.
     """
     buffers = tuple(None if spec is None else torch.empty(spec.shape, dtype=spec.dtype) for spec in specs)
-    for operation in [worker.transport.irecv(buffer, peer, what) for buffer in present(buffers)]:
+    for operation in [worker.transport.irecv(buffer, peer, label) for buffer in present(buffers)]:
         worker.transport.wait(operation)
     return buffers
 

@@ -38,7 +38,7 @@ class Machine:
         cores: that this process may use.
         memory: bytes that this process may use, taken by others or not.
         gpus: their names.
-        busy: the share of the processor's time that other programs used just before.
+        busy: the share of the processor's time that other programs used just before or just after, whichever is more.
         instructions: the widest instructions that PyTorch uses on this processor, "AVX2" for example.
         alone: matrix products per second of one worker while the other one does nothing.
         together: the same of each of two workers while both work.
@@ -76,8 +76,9 @@ def inspect_machine(seconds: float = 0.1) -> Machine:
     Raises:
         StageError: processes cannot be started here.
     """
-    busy = work_of_others()
+    before = work_of_others()
     workers = launch(count_products, 2, seconds)
+    busy = max(before, work_of_others())
     return Machine(
         cores=usable_cores(),
         memory=usable_memory(),
@@ -138,7 +139,7 @@ def beside_others(work: Callable, *arguments: Any) -> tuple[Any, float]:
 def seconds_in_use() -> float:
     """For how many seconds the cores of this machine have worked, together and for whomever."""
     times = psutil.cpu_times()
-    return times.user + times.system
+    return times.user + times.system + getattr(times, "nice", 0.0)  # of programs with a low priority; not on Windows
 
 
 def usable_cores() -> int:
@@ -231,7 +232,10 @@ def of_workers(machine: Machine) -> str:
             f"differ by {machine.unequal - 1:.0%}: two stages of equal cost do not take equal time here (fast and "
             "slow cores, or other work on this machine)"
         )
-    return f"Workers: two identical ones {equal}. Together they get {machine.gain:.2f} times as much done as one alone."
+    together = f"Together they get {machine.gain:.2f} times as much done as one alone."
+    if machine.busy >= BUSY or machine.gain > 2 * ALIKE:
+        together += " Other programs disturbed this: draw no conclusion from it."
+    return f"Workers: two identical ones {equal}. {together}"
 
 
 def of_precision(machine: Machine) -> str:

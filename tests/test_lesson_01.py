@@ -24,6 +24,11 @@ ANSWERS = {
     "not written yet": unwritten,
     "The mask holds numbers": negative_infinity,
     "a dimension for its heads": lambda ids: target_mask(ids).squeeze(1),
+    "no dimension for the heads nor for the queries": lambda ids: causal_mask(ids.shape[1]) & (ids != 0),
+    "one matrix for all rows": lambda ids: causal_mask(ids.shape[1]) & (ids != 0).T,
+    "attention has a dimension for its heads too: (5, 1, 5, 5)": lambda ids: (
+        causal_mask(ids.shape[1]) & (ids != 0)[:, None]
+    ),
     "only the causal half": lambda ids: causal_mask(ids.shape[1]),
     "may still look at padding": lambda ids: causal_mask(ids.shape[1]).expand(len(ids), 1, -1, -1),
     "only the padding half": padding_mask,
@@ -38,7 +43,7 @@ ANSWERS = {
     "expected the shape (2, 1, 2, 2)": of_one_batch,
     "expected torch.bool": lambda ids: target_mask(ids).int(),
     "at [0, 0, 0, 0]": lambda ids: torch.zeros_like(target_mask(ids)),
-    "expected the shape (3, 1, 5, 5)": lambda ids: target_mask(ids)[:2],
+    "expected the shape (5, 1, 5, 5)": lambda ids: target_mask(ids)[:2],
 }
 
 

@@ -45,6 +45,10 @@ def no_gradients(carry: tuple) -> tuple:
     return tuple(None if tensor is None else tensor.detach() for tensor in carry)
 
 
+def go_back_from_copies(tensors: list, gradients: list) -> None:
+    torch.autograd.backward(tensors, [gradient.clone() for gradient in gradients])
+
+
 def only_the_first(tensors: list, gradients: list) -> None:
     tensors[0].backward(gradients[0])
 
@@ -103,12 +107,17 @@ def test_the_answer_is_accepted(capsys, result):
 
 WRONG = {
     "not written": (unwritten, "not written yet"),
-    "history kept": (make(receive=keep_history), "does the backward of the second stage stop at the border"),
+    "history kept": (make(receive=keep_history), "still knows how the first one made it"),
     "history kept, graph retained": (make(receive=keep_history, retain=True), "still knows how the first one made it"),
-    "no gradient asked for": (make(receive=no_gradients, go_back=lambda *_: None), "collects no gradient"),
+    "no gradient asked for": (make(receive=no_gradients), "collects no gradient"),
+    "no gradient asked for, copies": (make(receive=no_gradients, go_back=go_back_from_copies), "collects no gradient"),
+    "no gradient asked for, no way back": (
+        make(receive=no_gradients, go_back=lambda *_: None),
+        "collects no gradient",
+    ),
     "no way back": (make(go_back=lambda *_: None), "does a backward run through the first stage"),
     "one of two gradients": (make(go_back=only_the_first), "do the gradients of both tensors come back"),
-    "one after the other": (make(go_back=one_after_the_other), "right but for its last bits"),
+    "one after the other": (make(go_back=one_after_the_other), "added at the end, in the parameters"),
     "one after the other, freed": (make(go_back=freed), "does all that was sent enter one single walk"),
     "walked twice": (make(go_back=twice), "the first stage was walked through twice"),
     "gradients of ones": (make(go_back=of_ones), "the gradient of "),

@@ -85,6 +85,13 @@ def returns_nothing(worker, mine, peer):
     links.exchange(worker, mine, peer)
 
 
+def returns_the_wait(worker, mine, peer):
+    leaving = worker.transport.isend(mine, peer, "mine")
+    arriving = worker.transport.irecv(torch.empty_like(mine), peer, "theirs")
+    worker.transport.wait(leaving)
+    return worker.transport.wait(arriving)
+
+
 def misspelt(worker, mine, peer):
     return worker.transport.send(mine, peer)
 
@@ -111,7 +118,8 @@ WRONG = {
     receive_dropped: "never waited for what `irecv` returned",
     only_lower_sends: "One rank waits for a message of which the other never did its part",
     keeps_its_own: "what rank 0 got (ranks 0 and 1, 2x3 float32): at [0, 0]: expected 10, came 0",
-    returns_nothing: "expected a tensor, nothing came. Is a `return` missing",
+    returns_nothing: "What rank 0 got (ranks 0 and 1, 2x3 float32): nothing came. Two things to look at: is a `return`",
+    returns_the_wait: "It returns nothing; what arrived is in the buffer",
     misspelt: "It raised AttributeError",
 }
 

@@ -18,6 +18,7 @@ def make(
     waits_for_gradients: bool = True,
     asks: bool = True,
     border_of: Callable = lambda rank: rank,
+    walk_back: Callable = lambda carry, gradients: torch.autograd.backward(carry, gradients),
     result: Callable = lambda losses: losses,
 ) -> Callable:
     """An answer, some part of it exchanged."""
@@ -39,7 +40,7 @@ def make(
                 send_carry(worker, carry, k + 1, f"activations {m}")
                 if waits_for_gradients:
                     gradients = receive_carry(worker, cut.carry_after(k, geometry), k + 1, f"gradients {m}")
-                    torch.autograd.backward(present(carry), present(gradients))
+                    walk_back(present(carry), present(gradients))
             if not stage.is_first:
                 send_carry(worker, sends_back(leaves), k - 1, f"gradients {m}")
         return result(losses)
@@ -51,6 +52,16 @@ def with_the_package(worker, stage, cut, micro_batches, num_tokens):
     schedule = naive(cut.num_stages, len(micro_batches))
     pipeline = Pipeline({worker.rank: stage}, schedule, worker.transport, cut.carry_after)
     return pipeline.step(micro_batches, pipeline.plan(micro_batches), num_tokens)
+
+
+def one_walk_for_each(carry, gradients):
+    for tensor, gradient in zip(carry, gradients, strict=True):
+        tensor.backward(gradient, retain_graph=True)
+
+
+def receives_nothing(worker, stage, cut, micro_batches, num_tokens):
+    stage((None, None), micro_batches[0])
+    return {}
 
 
 def unwritten(worker, stage, cut, micro_batches, num_tokens):
@@ -92,6 +103,9 @@ WRONG = {
     "a mean of its own": (make(loss=own_mean), "is a mean over its own tokens"),
     "no gradient asked for": (make(asks=False), "not right yet"),
     "the specs of another border": (make(border_of=lambda rank: max(1, rank - 1)), "A message went wrong"),
+    "the specs of the border behind": (make(border_of=lambda rank: rank + 1), "specs"),
+    "nothing received": (receives_nothing, "computes without what its blocks need: this block needs"),
+    "a walk for each tensor": (make(walk_back=one_walk_for_each), "right but for their last bits"),
     "ones sent back": (
         make(sends_back=lambda leaves: [torch.ones_like(leaf) for leaf in present(leaves)]),
         "stage 0, the gradient of 00.source_embedding",

@@ -12,6 +12,7 @@ from course_utils.pipeline import sum_over_tokens
 def make(
     order: Callable = lambda pieces: pieces,
     divisor: Callable = lambda piece, num_tokens, M: num_tokens,
+    detach: bool = True,
     before: Callable = lambda model: None,
     result: Callable = lambda losses: losses,
 ) -> Callable:
@@ -25,7 +26,7 @@ def make(
             loss = sum_over_tokens(logits, piece, divisor(piece, num_tokens, len(micro_batches)))
             before(model)
             loss.backward()
-            losses.append(loss.detach())
+            losses.append(loss.detach() if detach else loss)
         return result(losses)
 
     return accumulate
@@ -79,11 +80,25 @@ def test_the_answer_is_accepted(capsys, result):
     assert said(capsys, make(result=result)).startswith("05.accumulate: right. Four ragged pieces;")
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("result", [lambda losses: losses, torch.stack], ids=["list", "tensor"])
+def test_losses_that_hold_their_graphs_are_accepted_and_mentioned(capsys, result):
+    text = said(capsys, make(detach=False, result=result))
+    assert text.startswith("05.accumulate: right. ") and "still hold on to their graphs" in text
+    assert "graphs" not in said(capsys, make(result=result))
+
+
+def divided_by_places(model, micro_batches):
+    places = sum(piece.target_output.numel() for piece in micro_batches)
+    return make(divisor=lambda piece, n, M: places)(model, micro_batches)
+
+
 WRONG = {
     "not written": (unwritten, "not written yet"),
     "mean of means": (make(divisor=lambda piece, n, M: piece.num_tokens * M), "the mean of the micro-batches' means"),
     "sum of means": (make(divisor=lambda piece, n, M: piece.num_tokens), "divided by its own tokens"),
     "sum": (make(divisor=lambda piece, n, M: 1), "was the sum never divided"),
+    "divided by the places": (divided_by_places, "the number of places: that counts padding"),
     "divided by M too": (make(divisor=lambda piece, n, M: n * M), "4 times too small"),
     "cleared in the loop": (make(before=clear), "Only the last micro-batch"),
     "descending": (make(order=reversed), "right but for their last bits"),

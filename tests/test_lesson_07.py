@@ -32,7 +32,7 @@ ANSWERS = {
     "right": (per_rank(lambda row: max(running(row))), "07.count_stash: right. The peak of every rank"),
     "the package's": (peak_stash, "07.count_stash: right."),
     "not written": (unwritten, "07.count_stash: not written yet."),
-    "left at the end": (per_rank(lambda row: running(row)[-1]), "left at the end of the step"),
+    "left at the end": (per_rank(lambda row: running(row)[-1]), "That is what is kept after a backward."),
     "all forwards": (per_rank(lambda row: sum(a.kind == "F" for a in row)), "These are all forwards"),
     "highest of all ranks": (lambda s: [max(peak_stash(s))] * s.num_ranks, "each has a peak of its own"),
     "one number": (lambda s: max(peak_stash(s)), "one number per rank, [1, 1, 1], came 1"),
@@ -40,7 +40,7 @@ ANSWERS = {
     "a rank begins where the last one ended": (never_reset, "does each rank begin at 0"),
     "noted after the backward": (
         per_rank(lambda row: max(k for k, a in zip(running(row), row, strict=True) if a.kind == "B") or 0),
-        "left at the end",  # of naive, where nothing is kept after a backward
+        "kept after a backward. The most at any moment is asked for",  # of naive: nothing is kept then
     ),
     "one too few": (lambda s: [max(0, peak - 1) or 1 for peak in peak_stash(s)], "when is the highest noted"),
     "no return": (lambda s: peak_stash(s) and None, "Is a `return` missing?"),

@@ -51,6 +51,8 @@ def test_this_machine_is_inspected():
         ({"gpus": ("A", "B")}, "GPUs: A, B. The lessons compute on the processor all the same."),
         ({"together": (500.0, 1000.0)}, "differ by 100%: two stages of equal cost do not take equal time here"),
         ({"together": (500.0, 500.0)}, "Together they get 1.00 times as much done"),
+        ({"together": (1300.0, 1200.0)}, "2.50 times as much done as one alone. Other programs disturbed this"),
+        ({"busy": 0.5}, "1.95 times as much done as one alone. Other programs disturbed this"),
         ({"precision": "bf16"}, "computed in bf16; a layer of the capstone's model takes longer in fp32 here."),
     ],
 )
@@ -126,3 +128,22 @@ def test_the_work_of_others_is_told_from_ones_own(monkeypatch):
 
     assert machine.beside_others(lambda: work("alone", passed=1.0, own=2.0, all=2.0)) == ("alone", 0.0)
     assert machine.beside_others(lambda: work("shared", passed=2.0, own=3.0, all=4.0)) == ("shared", 0.5)
+
+
+def test_a_quiet_machine_is_not_called_disturbed():
+    assert "disturbed" not in describe_machine(FOUND)
+
+
+def test_other_programs_that_begin_during_the_check_are_noticed(monkeypatch):
+    shares = iter([0.0, 0.9])
+    monkeypatch.setattr(machine, "work_of_others", lambda: next(shares))
+    monkeypatch.setattr(machine, "launch", lambda *_: [(1000.0, 990.0), (0.0, 960.0)])
+    monkeypatch.setattr(machine, "with_precision", lambda config: replace(config, precision="fp32"))
+    assert inspect_machine().busy == 0.9
+
+
+def test_the_seconds_in_use_count_programs_of_low_priority(monkeypatch):
+    times = {"user": 1.0, "system": 2.0, "idle": 100.0}
+    for more, seconds in (({}, 3.0), ({"nice": 4.0}, 7.0)):  # Windows knows no such time
+        monkeypatch.setattr(machine.psutil, "cpu_times", lambda more=more: type("Times", (), {**times, **more})())
+        assert machine.seconds_in_use() == seconds

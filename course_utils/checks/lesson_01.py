@@ -14,7 +14,8 @@ LOOK = "True means that a query (row) may look at a key (column)"
 
 def target_mask(answer: Callable) -> str:
     """target_mask(ids) -> (rows, 1, length, length), causal and without padding."""
-    ids = torch.tensor([[1, 5, 6, 0, 0], [1, 4, 0, 0, 0], [1, 3, 5, 7, 9]])
+    # As many rows as places: so a mask without a dimension for the heads comes out at all, in the wrong shape.
+    ids = torch.tensor([[1, 5, 6, 0, 0], [1, 4, 0, 0, 0], [1, 3, 5, 7, 9], [1, 8, 2, 6, 0], [1, 0, 0, 0, 0]])
     right, came = mask_of_the_package(ids), answer(ids)
     if isinstance(came, Tensor):
         recognise(came, right, causal_mask(ids.shape[1]), padding_mask(ids))
@@ -31,6 +32,11 @@ def recognise(came: Tensor, right: Tensor, causal: Tensor, padding: Tensor) -> N
     if came.shape == right.squeeze(1).shape:
         raise Wrong(
             f"The shape is {tuple(came.shape)}; attention has a dimension for its heads too: {tuple(right.shape)}."
+        )
+    if came.shape == right.shape[2:] and not torch.equal(came, causal):
+        raise Wrong(
+            f"The shape is {tuple(came.shape)}: one matrix for all rows. The ids have no dimension for the heads nor "
+            f"for the queries yet; give them both before you join, and the shape is {tuple(right.shape)}."
         )
     mistakes = {
         "A word may still look at padding: only the causal half is there.": causal,

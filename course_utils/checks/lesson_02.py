@@ -33,7 +33,7 @@ def step_in_two_stages(answer: Callable) -> str:
             given: list[Any] = []
             second.register_forward_pre_hook(lambda module, arguments, given=given: given.append(arguments[0]))
             at = f"Where {what_crosses} can cross"
-            came = tried(answer, at, first, second, micro_batch, num_tokens)
+            came = tried(answer, at, given, first, second, micro_batch, num_tokens)
             look_at_border(at, given, first)
             look_at_gradients(at, first, second, right)
             if isinstance(came, Tensor):
@@ -53,19 +53,20 @@ def built(first_blocks: int) -> list[Stage]:
     return [cut.build(stage, seed=0) for stage in range(cut.num_stages)]
 
 
-def tried(answer: Callable, at: str, first: Stage, second: Stage, *arguments: Any) -> Any:
+def tried(answer: Callable, at: str, given: list[Any], first: Stage, second: Stage, *arguments: Any) -> Any:
+    """What the answer returns. If it raises, what it had given to the second stage may tell why."""
     try:
         return answer(first, second, *arguments)
-    except RuntimeError as error:
+    except (RuntimeError, AttributeError, TypeError) as error:
+        if len(given) == 1 and isinstance(given[0], tuple | list):
+            look_at_border(at, given, first)
         if "second time" in str(error):
             raise Wrong(
                 f"{at}, a walk back went through a graph that another one had freed already. Two things to look at: "
                 "does the backward of the second stage stop at the border, and does all that was sent enter one single "
                 "walk?"
             ) from error
-        raise
-    except (AttributeError, TypeError) as error:
-        if "None" in str(error):
+        if isinstance(error, AttributeError | TypeError) and "None" in str(error):
             raise Wrong(f"{at}, one of the two tensors of the carry may be None: {error}.") from error
         raise
 
@@ -117,8 +118,9 @@ def look_at_gradients(at: str, first: Stage, second: Stage, right: Mapping[str, 
             near = 1e-5 * max(1.0, expected.norm().item())
             if (parameter.grad - expected).norm() <= near:
                 raise Wrong(
-                    f"{at}, {name} is right but for its last bits: its gradients were added in another order than on "
-                    "one device. Let everything that was sent enter the same walk back."
+                    f"{at}, {name} is right but for its last bits. Walks of their own would do that: their gradients "
+                    "are added at the end, in the parameters, and not where they meet on one device. Let everything "
+                    "that was sent enter the same walk back."
                 )
             if stage is first and what_is_lost(at):
                 raise Wrong(

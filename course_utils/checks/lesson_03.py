@@ -70,6 +70,11 @@ def try_it(answer: Callable, pair: list[int], dtype: torch.dtype) -> None:
             )
     for rank in pair:
         came, mine, _ = results[rank]
+        if came is None:
+            raise Wrong(
+                f"What rank {rank} got ({who}): nothing came. Two things to look at: is a `return` missing, or is what "
+                "`wait` returns returned? It returns nothing; what arrived is in the buffer."
+            )
         expect(f"what rank {rank} got ({who})", tensors[sum(pair) - rank], came)
         if not torch.equal(mine, tensors[rank]):
             raise Wrong(f"Rank {rank}'s own tensor was overwritten while it was being sent: receive into a new one.")

@@ -20,6 +20,7 @@ Gradients = dict[str, Tensor]
 
 def accumulate(answer: Callable) -> str:
     pieces = collate([7, 3, 9, 123_456, 90_210, 45, 808_080]).split(4)
+    holds_graphs = False
     with one_thread():
         model = new_model()
         came = answer(model, pieces)
@@ -33,10 +34,14 @@ def accumulate(answer: Callable) -> str:
             raise Wrong("The gradients are right. The losses: expected one share per micro-batch, one number came.")
         expect("The number of losses", len(pieces), len(came))
         for m, (expected, loss) in enumerate(zip(losses, came, strict=True)):
+            if isinstance(loss, Tensor):
+                holds_graphs |= loss.requires_grad
+                loss = loss.detach()
             expect_close(f"The loss of micro-batch {m}", expected, loss, 1e-5)
-    return (
+    praise = (
         "Four ragged pieces; their gradients have the bits of the course's own loop, and the losses are their shares."
     )
+    return praise + " (The losses still hold on to their graphs; detached ones would not.)" * holds_graphs
 
 
 @cache
@@ -116,10 +121,16 @@ def mistakes(pieces: list[Batch]) -> list[tuple[Gradients, str]]:
 
 def factors(pieces: list[Batch]) -> list[tuple[float, str]]:
     num_tokens, M = sum(piece.num_tokens for piece in pieces), len(pieces)
+    places = sum(piece.target_output.numel() for piece in pieces)
     return [
         (
             num_tokens,
             f"All gradients are {num_tokens} times too large, the number of tokens: was the sum never divided?",
+        ),
+        (
+            num_tokens / places,
+            f"The sum is divided by {places}, the number of places: that counts padding, which has no loss. The tokens "
+            f"are {num_tokens}.",
         ),
         (1 / M, f"All gradients are {M} times too small: the shares add up already, so nothing is to be divided by M."),
         (2, "All gradients are twice too large: was there a gradient in the model before, or are there two backwards?"),

@@ -39,7 +39,9 @@ def compare(name: str, schedule: Schedule, came: object) -> None:
     if len(peaks) != schedule.num_ranks:
         raise Wrong(f"{text} There must be one number per rank, {schedule.num_ranks} here.")
     if not any(peaks):
-        raise Wrong(f"{text} That is what is left at the end of the step; the most at any moment is asked for.")
+        raise Wrong(
+            f"{text} That is what is kept after a backward. The most at any moment is asked for, also after a forward."
+        )
     if peaks == [sum(action.kind == "F" for action in row) for row in schedule.actions]:
         raise Wrong(f"{text} These are all forwards; a backward frees what its forward had left.")
     if peaks == [max(expected)] * schedule.num_ranks:

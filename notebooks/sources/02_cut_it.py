@@ -10,7 +10,8 @@
 # [root](00_start_here.ipynb#root), [stash](00_start_here.ipynb#stash), [partition](00_start_here.ipynb#partition).
 #
 # Lesson 01 ended with a string, the fingerprint of a step on one device, and its pictures showed what each block costs. Now the
-# list of blocks is cut, and the string has to stay. There is no second process yet: if one process cannot do it, two cannot either.
+# list of blocks is cut. Here the model is half as wide and the batch smaller, so the string is another one; what has to stay is equality
+# with one device. There is no second process yet: if one process cannot do it, two cannot either.
 
 # %% tags=["where"]
 from course_utils.course_map import where
@@ -56,6 +57,9 @@ print("the gradients of the first layer: the same bits")
 # ## What crosses
 # In [lesson 01](01_one_device.ipynb) you saw that nothing but the carry, the pair (hidden, memory), connects two halves of the model. So that is what a border
 # has to let through, and the gradient of each of its tensors has to come back. At how many of the seven borders are there two?
+#
+# (As in lesson 01, `CutModel` is a model and where it is cut; `by_count(8, 1)` puts all eight blocks into one stage, and `build(0, seed=0)`
+# builds stage 0.)
 
 # %%
 from course_utils.number_words import batch
@@ -101,7 +105,8 @@ check("02.step_in_two_stages", step_in_two_stages)
 # %% [markdown]
 # ## Any number of stages
 # Two functions, for any list of stages. The forward pass cuts at every border, and keeps two things of each stage: what it
-# received, to read the gradient from, and what it sent, on which its whole graph hangs.
+# received, to read the gradient from, and what it sent, on which its whole graph hangs. What the last
+# stage sends is the loss.
 
 
 # %%
@@ -185,7 +190,8 @@ def fingerprint_of(stages, loss):
 
 
 # %% [markdown]
-# One device first, with nothing but `loss.backward()`. Then every cut there is:
+# `named_parameters_globally` calls each parameter as the whole model does, and `step_summary` is a stage's part of the fingerprint: its
+# losses, if it has them, and its gradients. One device first, with nothing but `loss.backward()`. Then every cut there is:
 
 # %% tags=["fingerprint", "claim:every-cut"]
 logits, _ = model((None, None), micro_batch)
@@ -205,32 +211,18 @@ assert len(found) == 128 and set(found) == {one_device}
 
 # %%
 from course_utils.charts import describe_prediction, draw_prediction
-from course_utils.plots import new_figure, show
+from course_utils.plots import show
 
 guess.settle(measured=sum(other != one_device for other in found), formula=0)
 print(describe_prediction(guess))
 
 # %% [markdown]
-# All the cuts in one picture: each column is one of them, from top to bottom the blocks, and where the colour changes there is a border.
-
-# %%
-tried = [cut for num_stages in range(1, 9) for cut in all_cuts(8, num_stages)]
-stage_of_block = [[stage for stage, blocks in enumerate(cut) for _ in blocks] for cut in tried]
-
-figure, axes = new_figure(2.6)
-axes.set_yticks(range(8), [builder.name for builder in model.builders])
-axes.set(xlabel="cuts, from one stage to eight; a colour is a stage", title=describe_prediction(guess))
-colours = axes.imshow(torch.tensor(stage_of_block).T, aspect="auto", cmap="cividis", interpolation="nearest")
-
-# %%
-show(figure, says=f"The {len(tried)} cuts of 8 blocks, of one stage to eight. {describe_prediction(guess)}")
-
-# %% [markdown]
-# None: where you cut decides nothing but who computes what.
+# In none of them: where you cut decides nothing but who computes what.
 #
-# ## What the package does more
+# ## What the package adds
 # The course's executor runs the same two functions over several ranks. Here its ranks are threads of this process, and its
-# schedule, `naive` with one micro-batch, means: all forwards, then all backwards.
+# schedule, `naive` with one micro-batch, means: all forwards, then all backwards. Of `step_on_rank` read only the first line and the
+# last; lessons 03 to 06 explain what is between them.
 
 # %% tags=["claim:package"]
 from course_utils.pipeline import Pipeline
@@ -260,7 +252,8 @@ print(getsource(Pipeline.backward))
 # %% [markdown]
 # The middle is the same. Added are: `inputs` and `stash` by stage *and* micro-batch ([lesson 05](05_micro_batches.ipynb)); gradients that
 # arrive as messages ([lesson 03](03_two_processes_that_talk.ipynb)); roots only where something is to be learnt; a factor on the loss and a switched-off `autocast`, both for
-# 16-bit numbers. And in the forward the blocks get a *view* of each leaf, for the same reason.
+# 16-bit numbers. And in the forward the blocks get a *view* of each leaf, again for 16-bit numbers: autocast caches the cast of a
+# leaf.
 
 # %% [markdown]
 # ## Three mistakes made on purpose
@@ -302,15 +295,16 @@ print("every gradient of the first stage is exactly twice what it should be")
 # No error any more, and the first stage now learns from twice its gradient. The cure is not the advice; it is `receive` above.
 #
 # **The gradient of one use lost.** Cut after block 5: the first stage sends hidden *and* memory. Someone sends back the gradient of hidden only, as
-# in a plain sequence of layers, which an encoder-decoder is not ("a study in hacking" it is called in
-# [transformers#9765](https://github.com/huggingface/transformers/pull/9765), where T5 was pressed into one). The memory still gets a gradient, through `decoder_0`. By how much is the gradient of the encoder off?
+# in a plain sequence of layers, which an encoder-decoder is not. (T5 was made one for PyTorch's `Pipe`: "a study in hacking", says
+# [transformers#9765](https://github.com/huggingface/transformers/pull/9765), because `Pipe` let only tensors or tuples of tensors pass.)
+# The memory still gets a gradient, through `decoder_0`. By how much is the gradient of the encoder off?
 
 # %%
 guess = predict("encoder gradient without one use of the memory", unit="relative error", value=None)
 
 
 # %%
-def relative_error(stages, part="encoder"):
+def relative_error(stages, part):
     pairs = [(g, right[name]) for name, g in gradients_of(stages).items() if part in name]
     wrong, expected = (torch.cat([gradient.flatten() for gradient in side]) for side in zip(*pairs, strict=True))
     return ((wrong - expected).norm() / expected.norm()).item()
@@ -322,16 +316,20 @@ loss, kept = forward(stages, micro_batch, num_tokens)
 (received, (output,)), (hidden, memory) = kept[1], kept[0][1]
 output.backward()
 hidden.backward(received[0].grad)  # and received[1].grad, that of the memory, is forgotten
-error = relative_error(stages)
-assert error > 0.05 and relative_error(stages, "head") == 0 and torch.equal(loss, right_loss)
-print(f"relative error: encoder {error:.2f}, head {relative_error(stages, 'head'):.2f}")
+parts = ("source_embedding", "encoder", "target_embedding", "decoder", "head")
+errors = {part: relative_error(stages, part) for part in parts}
+for part, error in errors.items():
+    print(f"{part:16}  relative error {error:.2f}")
+assert min(errors["source_embedding"], errors["encoder"]) > 0.05 and torch.equal(loss, right_loss)
+assert errors["target_embedding"] == errors["decoder"] == errors["head"] == 0
 
 # %%
-guess.settle(measured=error)
+guess.settle(measured=errors["encoder"])
 show(draw_prediction(guess), says=describe_prediction(guess))
 
 # %% [markdown]
-# The loss of this step is right, the head's gradient too, nothing crashes, and the model goes on learning, worse.
+# The loss of this step is right, and so is every gradient of the decoder, the head and the target's embedding. Nothing crashes. Wrong is
+# all that made the memory: the encoder, and the embedding of the source before it.
 #
 # **Added afterwards.** Now the memory's gradient is remembered, but it takes a walk of its own. (Without `retain_graph` the second walk
 # fails; the message is the one you know.)
@@ -343,20 +341,25 @@ loss, kept = forward(stages, micro_batch, num_tokens)
 output.backward()
 hidden.backward(received[0].grad, retain_graph=True)
 memory.backward(received[1].grad)
-print(f"relative error of the encoder: {relative_error(stages):.0e}")
-assert 0 < relative_error(stages) < 1e-5
+error = relative_error(stages, "encoder")
+print(f"relative error of the encoder: {error:.0e}")
+assert 0 < error < 1e-5
 assert fingerprint_of(stages, loss) != one_device
 
 # %% [markdown]
-# Mathematically right, and other bits: the gradients were added in another order. It also walks through the encoder twice. As
+# Mathematically right, and other bits. Each of the two gradients was carried through the encoder alone: they were added after that walk, in
+# each parameter, instead of before it, in the memory. It is also twice the work. As
 # roots of one walk they meet where they would have met on one device. That is why `backward` above is written as it is: if
 # right code may differ in its last bits, equality can no longer tell it from wrong code.
 
 # %% [markdown]
 # ## Where to cut
-# All cuts compute the same, so speed may decide. Stages work at the same time later, and the slowest one sets the pace: with
-# blocks that cost $c_j$, the best possible speed-up is $\sum_j c_j$ over the cost of the slowest stage. Here is a deeper model, each block measured behind a
-# border of its own. If three stages are made of four blocks each, how many times as fast as one stage can they be at best?
+# All cuts compute the same, so speed may decide. Later the stages work at the same time, and the slowest one sets the pace: if block $j$
+# costs $c_j$, one stage needs $\sum_j c_j$ for each micro-batch, and a pipeline that is full delivers one whenever its slowest stage is done. So for
+# very many micro-batches and free messages the best possible speed-up is $\sum_j c_j$ over the cost of the slowest stage.
+#
+# Here is a deeper model. `measure_costs` times forward and backward of each block alone, behind a border of its own, and keeps the
+# median of five. If three stages are made of four blocks each, how many times as fast as one stage can they be at best?
 
 # %%
 guess = predict("speed-up at best", blocks=12, stages=3, unit="times as fast as one stage", value=None)
@@ -376,8 +379,8 @@ def slowest(cut):
 
 
 # %% [markdown]
-# `by_count` deals out the blocks as evenly as it goes. The best cut is found by trying all of them, or, for long lists, by the
-# package's `by_cost`, which tries each remainder of the list only once. Both must find the same slowest stage:
+# `by_count` deals out the blocks as evenly as possible. The best cut is found by trying all of them, or, for long lists, by the
+# package's `by_cost`, which solves each tail of the list once and remembers it. Both must find the same slowest stage:
 
 # %% tags=["claim:balance"]
 from course_utils.stages import by_cost
@@ -410,8 +413,8 @@ show(draw_bars(bars, "ms", title), says=describe_bars(bars, "ms", title))
 # table. Nor is perfect balance to be had by cost: a block is the smallest thing that can be moved. Large models have the same trouble at their ends: Llama 3 gives its first and its last stage one layer
 # fewer (arXiv 2407.21783), and users ask how to do it ([Megatron-LM#1303](https://github.com/NVIDIA/Megatron-LM/issues/1303)).
 #
-# And count them. `num_blocks // num_stages` per stage is written quickly. With 8 blocks and 3 stages it loses two of them; torchtitan
-# lost layers so, and gave "weird generations" ([torchtitan#963](https://github.com/pytorch/torchtitan/pull/963)). The package refuses:
+# And count them. `num_blocks // num_stages` per stage is quickly written. With 8 blocks and 3 stages it loses two of them; torchtitan's
+# experimental DeepSeek model lost layers so, and gave "weird generations" ([torchtitan#963](https://github.com/pytorch/torchtitan/pull/963)). The package refuses:
 
 # %% tags=["mistake", "raises-exception", "nbval-check-output"]
 from course_utils.stages import stage_table
@@ -421,7 +424,8 @@ lost = tuple(range(k * per_stage, (k + 1) * per_stage) for k in range(3))
 stage_table(model.builders, lost)
 
 # %% [markdown]
-# With sizes that differ by at most one no block is lost. What each stage weighs:
+# With sizes that differ by at most one no block is lost. Only time was balanced here; memory is another matter, the stash and the weights.
+# What the weights of each stage take:
 
 # %% tags=["nbval-check-output", "claim:table"]
 print(stage_table(model.builders, by_count(8, 3)))
@@ -434,7 +438,7 @@ print(stage_table(model.builders, by_count(8, 3)))
 # - All 128 cuts give the bits of one device. <!-- shown: every-cut -->
 # - The package's executor, three ranks in threads, gives them too. <!-- shown: package -->
 # - Without `detach` the first stage gets its gradient twice. <!-- shown: detach -->
-# - A use of the memory that is forgotten spoils the encoder, and nothing else shows it. <!-- shown: lost-use -->
+# - A use of the memory that is forgotten spoils all that made the memory; loss and decoder look right. <!-- shown: lost-use -->
 # - Gradients that enter one after the other give other bits than roots of one walk. <!-- shown: roots -->
 # - The slowest stage sets the pace; the best cut by cost is never slower than the one by count. <!-- shown: balance -->
 # - A partition holds every block once. <!-- shown: table -->
@@ -442,8 +446,8 @@ print(stage_table(model.builders, by_count(8, 3)))
 # **Kept for later:** `Stage`, `CutModel`, `by_count`, `by_cost`, `measure_costs` and `stage_table` in `course_utils/stages.py`;
 # `forward` and `backward` as methods of `Pipeline` in `course_utils/pipeline.py`.
 #
-# **Practise:** give `by_cost` the costs of the deep model and 2, 4 and 6 stages. From which number on does another stage gain nothing,
-# and which block is to blame?
+# **Practise:** give `by_cost` the costs of the deep model and 2 to 12 stages. From which number on does another stage gain nothing,
+# and which kind of block sets the limit?
 #
 # **Next:** [03 · Two processes that talk](03_two_processes_that_talk.ipynb)
 
@@ -452,7 +456,8 @@ print(stage_table(model.builders, by_count(8, 3)))
 # 1. In two real processes, can you forget `detach`? Can you forget `requires_grad_`?
 # 2. Which border is the cheapest to send over: after block 2, 3 or 5?
 # 3. Why does stage 1 have to run its backward before stage 0, although stage 0 ran its forward first?
-# 4. The memory crosses three borders in a model with four decoder layers, one per stage. Who adds up its gradients?
+# 4. The whole encoder is on the first of four stages, and each stage has one decoder layer, so the memory crosses three borders. Who adds up its
+#    gradients?
 
 # %% [markdown] tags=["answers"]
 # ## Answers
@@ -460,8 +465,19 @@ print(stage_table(model.builders, by_count(8, 3)))
 # 2. After 2 and after 3 one tensor of the source's length crosses. After 5 two cross, and the gradient of both comes back.
 # 3. The gradient of what stage 0 sent is made by stage 1's backward. The loss is at the far end.
 # 4. Each stage in turn. What arrives from behind enters its walk as a root, meets the gradient of the stage's own use, and
-#    leaves through its leaf to the stage before.
+#    leaves through its leaf to the stage before; on the first it goes on into the encoder.
 #
+# The exercise: the slowest stage takes at least the time of the most expensive block. Once it is that block alone, another stage gains nothing.
+# With eight encoder and decoder layers and little else that is to be expected from about eight stages on, and of a decoder layer:
+
+# %% tags=["answers"]
+for num_stages in range(2, 13):
+    cut = by_cost(costs, num_stages)
+    longest = max(cut, key=lambda stage: fsum(costs[index] for index in stage))
+    names = " to ".join(deep[index].name for index in sorted({longest[0], longest[-1]}))
+    print(f"{num_stages:2} stages: at best {sum(costs) / slowest(cut):.2f} times as fast; the slowest: {names}")
+
+# %% [markdown]
 # And the step over two stages:
 
 

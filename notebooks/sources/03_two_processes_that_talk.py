@@ -11,8 +11,7 @@
 # graph](00_start_here.ipynb#wait-for-graph), [collective](00_start_here.ipynb#collective).
 #
 # Lesson 02 cut the model in all possible ways and handed tensors over every border by hand, within one process. Now
-# the two sides of a border become two processes. They share no memory, so what crosses must be sent, and what is sent
-# must be received by somebody.
+# the two sides of a border become two processes. They share no memory, so what crosses must be sent and received.
 
 # %% tags=["where"]
 from course_utils.course_map import where
@@ -22,8 +21,8 @@ where("03")
 # %% [markdown]
 # ## Two processes, one function
 # `launch` starts fresh processes and runs the *same* function on each. A process knows which one it is by its *rank*,
-# a number from 0; how many there are is the *world size*. Look for what differs between the two results, and for what
-# does not.
+# a number from 0; how many there are is the *world size*. Both are in the first argument, `worker`, with all else that
+# a rank has of a run. What differs between the two results, and what does not?
 
 # %% tags=["nbval-check-output", "claim:ranks"]
 import os
@@ -43,14 +42,13 @@ for rank, world_size, backend, _ in results:
 assert len({process for *_, process in results} | {os.getpid()}) == 3
 
 # %% [markdown]
-# One function, two ranks, and with this notebook three processes. The function was defined in a cell, travelled there
-# as bytes, and its results came back. *gloo* is the library below `torch.distributed` that carries messages between
-# CPUs; what this lesson says about messages is said of gloo.
+# With this notebook there are three processes. The function was defined in a cell, travelled there as bytes, and its
+# results came back. *gloo* is the library below `torch.distributed` that carries messages between CPUs; what this lesson says of
+# messages is said of gloo.
 #
 # ## How they find each other
-# Two new processes know nothing of each other. They need one place that both know, to leave their addresses in. It
-# may be a server, but a file will do: `FileStore` is a dictionary in a file, and `launch` makes one in a new folder
-# for each run.
+# New processes know nothing of each other. They need one place that all know, to leave their addresses in. It may be a
+# server, but a file will do: `FileStore` is a dictionary in a file, and `launch` makes one for each run.
 
 # %% tags=["nbval-check-output"]
 import tempfile
@@ -87,24 +85,25 @@ assert ports == [0, 0] or sys.platform != "linux"
 # open, on 127.0.0.1 only, as long as the run lives.
 #
 # ## One message
-# A transport begins a message with `isend` or `irecv`, and `wait` waits until it is through. The receiver brings the
-# buffer: it must know shape and type beforehand. The words at the end go nowhere; they explain a wait to whoever
-# asks.
+# A transport begins a message with `isend(tensor, peer, label)` or `irecv(buffer, peer, label)`. What they return goes
+# to `wait`, which waits until the message is through and returns nothing. The receiver brings the buffer: it must know
+# shape and type beforehand. The label goes nowhere; it explains a wait to whoever asks.
 
 
 # %%
-def send(worker, tensor, peer, what):
-    worker.transport.wait(worker.transport.isend(tensor, peer, what))
+def send(worker, tensor, peer, label):
+    worker.transport.wait(worker.transport.isend(tensor, peer, label))
 
 
-def receive(worker, buffer, peer, what):
-    worker.transport.wait(worker.transport.irecv(buffer, peer, what))
+def receive(worker, buffer, peer, label):
+    worker.transport.wait(worker.transport.irecv(buffer, peer, label))
     return buffer
 
 
 # %% [markdown]
 # Rank 0 sends a single number, four bytes. Rank 1 first does something else for half a second. Four bytes surely fit
-# into some buffer on the way. **Predict:** after how many seconds does rank 0's `send` return?
+# into some buffer on the way. **Predict:** after how many seconds does rank 0's `send` return? A second run sends a
+# million numbers.
 
 # %%
 from course_utils.predictions import predict
@@ -117,22 +116,23 @@ import time
 import torch
 
 
-def send_to_a_busy_one(worker):
+def send_to_a_busy_one(worker, count):
     dist.barrier()  # both begin together
     began = time.perf_counter()
     if worker.rank == 0:
-        send(worker, torch.ones(1), 1, "a number")
+        send(worker, torch.ones(count), 1, "numbers")
     else:
         time.sleep(0.5)
-        receive(worker, torch.empty(1), 0, "a number")
+        receive(worker, torch.empty(count), 0, "numbers")
     return time.perf_counter() - began
 
 
 # %% tags=["claim:rendezvous"]
-seconds = launch(send_to_a_busy_one, 2)[0]
-assert seconds > 0.2
-guess.settle(measured=seconds, formula=0.5)
-print(f"rank 0 could go on after {seconds:.2f} s")
+seconds = {4 * count: launch(send_to_a_busy_one, 2, count)[0] for count in (1, 1_000_000)}
+assert min(seconds.values()) > 0.2
+guess.settle(measured=seconds[4], formula=0.5)
+for size, took in seconds.items():
+    print(f"{size:>9,} bytes: rank 0 could go on after {took:.2f} s")
 
 # %%
 from course_utils.charts import describe_prediction, draw_prediction
@@ -141,14 +141,15 @@ from course_utils.plots import show
 show(draw_prediction(guess), says=describe_prediction(guess))
 
 # %% [markdown]
-# A gloo send is a *rendezvous*: it returns when the other side has begun to receive, at any size. Other libraries may
-# keep small messages in a buffer, and then a program runs until its messages grow. Remember this for the next task.
+# A gloo send is a *rendezvous*: it is over when the other side has begun to receive, for four bytes as for four
+# million. Other libraries may keep small messages in a buffer, and then a program runs until its messages grow. An NCCL
+# send, between GPUs, returns to Python at once; there the GPU's stream waits.
 
 # %% [markdown] tags=["stub"]
 # ## Write it first
 # Both ranks hold a tensor and want the other's. Write the function that both call at the same time; it returns what
-# the peer had. You have `worker.transport` with `isend(tensor, peer, what)`, `irecv(buffer, peer, what)` and
-# `wait(...)` for what those two return.
+# the peer had. You have `worker.transport` with `isend(tensor, peer, label)`, `irecv(buffer, peer, label)` and `wait`,
+# which takes one of what those two return and returns nothing.
 
 # %% tags=["stub", "nbval-check-output"]
 from course_utils.checks import check
@@ -163,10 +164,10 @@ check("03.exchange", exchange)
 
 # %% [markdown]
 # ## A mistake made on purpose
-# This is what one writes first: send mine, then receive yours. A user of PyTorch's own pipeline met it between two
-# machines ([pytorch#172668](https://github.com/pytorch/pytorch/issues/172668)): both ranks wait until their send is
-# over, so neither receives. Here the ranks are first two *threads* of this process. Every message is known to the
-# program then, so it knows at once when nobody can go on.
+# This is what one writes first: send mine, then receive yours. A user who tried a patch to PyTorch's pipeline
+# suspected it on two machines ([pytorch#172668](https://github.com/pytorch/pytorch/issues/172668)): both ranks wait
+# until their send is over, so neither receives. Here the ranks are first two *threads* of this process. So the program
+# knows every message, and knows at once when nobody can go on.
 
 # %% tags=["mistake", "raises-exception", "nbval-check-output"]
 from course_utils.threads import run_in_threads
@@ -182,11 +183,11 @@ run_in_threads(both_send_first, 2)
 
 # %% [markdown]
 # The last line is the *wait-for graph* in words: an arrow from each rank that waits to the one it waits for. Rank 0
-# waits for 1 and 1 for 0: a circle. That is a *deadlock*, and no amount of patience ends it. (The sentences say
+# waits for 1 and 1 for 0: a circle. That is a *deadlock*, and no patience ends it. (The sentences say
 # *stage* for a rank: in a pipeline stage $k$ is on rank $k$.)
 #
-# Two real processes raise nothing. They just stand there. So `start`, which returns at once, instead of `launch`; the
-# run can be asked what it does while it is stuck.
+# Two real processes raise nothing. They just stand there. So `start`, which returns at once, instead of `launch`: a
+# stuck run can be asked for its `status()`. That has the `states` of the ranks and a `verdict`, what holds them up.
 
 
 # %%
@@ -208,9 +209,9 @@ print(status.verdict)
 assert (status.verdict.kind, status.verdict.ranks) == ("deadlock", (0, 1))
 
 # %% [markdown]
-# The same sentence, now of two processes that cannot see each other: each notes in a small file what it waits for,
-# and the notebook reads both. To mend it, one rank could receive first: "who sends first" is then a rule that both
-# must know. Or nobody is first: begin both messages, then wait for both.
+# The same sentence, now of two processes: each notes in a small file what it waits for, and the notebook reads both. To
+# mend it, one rank could receive first: that is a rule which both must know. Or nobody is first: begin both messages,
+# then wait for both.
 
 # %%
 from inspect import getsource
@@ -232,7 +233,7 @@ for rank, tensor in enumerate(launch(swap, 2)):
 # ## What a message costs
 # A message takes a *latency*, however small it is, and then so many seconds per byte: latency + bytes / bandwidth
 # (Hockney, 1994). To measure it play ping-pong: there and back again, half of that, for many sizes. Only one clock is
-# read, so no two clocks need to agree.
+# read.
 
 # %%
 import statistics
@@ -253,8 +254,8 @@ def ping_pong(worker, sizes, repetitions=50):
 
 # %% [markdown]
 # The line is fitted to the *relative* errors, so everything is divided by what was measured. Otherwise the largest
-# messages would count for nearly all, and the latency could be anything. A `Link` is the pair of latency and
-# bandwidth; `seconds(bytes, num_messages)` is its line.
+# messages would count for nearly all. A `Link` is the pair of latency and bandwidth; `seconds(bytes, num_messages)` is
+# its line.
 
 # %%
 import numpy as np
@@ -293,18 +294,17 @@ labels = {"x": "bytes", "y": "µs one way", "title": "One message between two pr
 show(draw_lines(by_size, **labels, log_x=True, log_y=True), says=describe_lines(by_size, **labels))
 
 # %% [markdown]
-# The dashed line is flat on the left, where the latency is all there is, and rises on the right, where bytes count.
-# How far the measured points are from it depends on what else this machine does. The model is good enough to decide
-# things: two small messages cost two latencies, so send one if you can.
+# The dashed line is flat on the left, where the latency is all there is, and rises on the right, where bytes count. By
+# this line two small messages, one after the other, cost two latencies. Does that hold for two that begin at once?
 #
 # ## Predict lesson 02's border
 # Cut after block 4, the hidden state and the memory cross, two tensors for each micro-batch. Model and micro-batch
-# are those of lesson 02. How large the two are is known before anything runs.
+# are those of lesson 02. How large the two are is known before anything runs: from a micro-batch's `geometry`, its rows
+# and lengths, `carry_after` gives the `specs`, shape and type of each tensor that a stage hands on.
 
 # %% tags=["nbval-check-output", "claim:bytes"]
 from course_utils.number_words import batch
 from course_utils.stages import CutModel, by_count
-from course_utils.transfer import StepPlan
 from course_utils.transformer import TransformerConfig
 from course_utils.transports import describe
 
@@ -312,7 +312,7 @@ cut = CutModel(TransformerConfig(d_model=64), (range(0, 5), range(5, 8)))
 micro_batch = batch(range(100_000, 1_000_000), seed=0, step=0, size=16)
 specs = cut.carry_after(0, micro_batch.geometry)
 border = sum(torch.Size(spec.shape).numel() * spec.dtype.itemsize for spec in specs)
-print(" and ".join(map(describe, specs)), "make", border, "bytes")
+print(" and ".join(map(describe, specs)), "make", border, "bytes")  # describe: a spec in words
 
 # %%
 guess = predict("the border, one way", unit="µs", bytes=border, messages=len(specs), value=None)
@@ -343,19 +343,21 @@ def cross_the_border(worker, specs, repetitions=50):
 came = launch(cross_the_border, 2, specs)[0] * 1e6
 formula = link.seconds(border, num_messages=len(specs)) * 1e6
 guess.settle(measured=came, formula=formula)
-print(f"predicted {formula:.0f} µs, measured {came:.0f} µs: {came / formula:.1f} times the prediction")
+which = "other work took its part" if came > formula else "the two messages overlapped"
+print(f"predicted {formula:.0f} µs, measured {came:.0f} µs, {came / formula:.1f} times the prediction: {which}")
 
 # %%
 show(draw_prediction(guess), says=describe_prediction(guess))
 
 # %% [markdown]
-# The formula lets the two messages go one after the other, and knows nothing of the time to make tensors and of other
-# work on this machine. It is meant for the order of magnitude, and for comparing it with what a stage computes
-# meanwhile: [lesson 04](04_naive_model_parallelism.ipynb) has both on one picture.
+# The formula lets the two messages go one after the other. If the measurement is lower, they overlapped. If it is
+# higher, making tensors and other work on this machine, of which the formula knows nothing, took more than that saved.
+# It gives the order of magnitude, to compare with what a stage computes meanwhile:
+# [lesson 04](04_naive_model_parallelism.ipynb) has both on one picture.
 #
 # ## The border of lesson 02, over two processes
-# Now with a model on either side. Each rank builds only its own stage. Activations cross, then gradients cross back;
-# both go in as in lesson 02. Will the bits survive?
+# Now with a model on either side. Each rank builds only its own stage. Activations cross, each received as a leaf, as
+# in lesson 02; then gradients cross back. (The code is for borders where both cross.) Will the bits survive?
 
 # %%
 from course_utils.fingerprints import fingerprint, step_summary
@@ -399,8 +401,8 @@ assert two_processes == one_device
 # To the last bit. A message is a copy of bytes, and a copy rounds nothing.
 #
 # ## A message of the wrong shape
-# That is also its danger: bytes do not say what they are. Rank 0 sends a tensor of 2 x 3, rank 1 has a buffer of 3 x
-# 3, filled with -1 so that you see what was written. Which error will rank 1 raise?
+# That is also its danger: bytes do not say what they are. Rank 0 sends a tensor of 2x3, rank 1 has a buffer of 3x3,
+# filled with -1 so that you see what was written. Which error will rank 1 raise?
 
 
 # %% tags=["nbval-check-output", "claim:prefix"]
@@ -414,35 +416,37 @@ print(launch(wrong_shape, 2)[1])
 
 # %% [markdown]
 # None. gloo fills the beginning of the buffer, and what stood behind it stays: if the last micro-batch has fewer rows
-# than expected, a stage trains on leftovers. (A buffer that is too *small* ends the receiving process; you may try it
-# below.) Afterwards it is too late to notice, so compare before. All ranks compute the same *plan* of a step, with
+# than expected, a stage trains on leftovers. (A buffer that is too *small* ends the receiving process.) Afterwards it is
+# too late to notice, so compare before. All ranks compute the same *plan* of a step, with
 # the shape of every message, and exchange a short hash of it before the first tensor moves. Here rank 1 believes in
 # one more row:
 
 # %%
-from course_utils.transfer import PlanMismatch, agree
+from course_utils.transfer import PlanMismatch, StepPlan, agree
 
 
-def agree_about_rows(worker):
-    rows, source_length, target_length = micro_batch.geometry
-    geometry = (rows + worker.rank, source_length, target_length)
-    agree(worker.transport, StepPlan([geometry], cut.carry_after, num_stages=2))
+def agree_about_rows(worker, cut, geometry):
+    rows, source_length, target_length = geometry
+    mine = (rows + worker.rank, source_length, target_length)
+    try:
+        agree(worker.transport, StepPlan([mine], cut.carry_after, num_stages=2))
+    except PlanMismatch as error:
+        return str(error)
 
 
 # %% tags=["nbval-check-output", "claim:plan"]
-try:
-    run_in_threads(agree_about_rows, 2)
-except PlanMismatch as error:
-    print(error)
+raised = launch(agree_about_rows, 2, cut, micro_batch.geometry)
+print("rank 0 raised:", raised[0])
+print("rank 1 raised:", "the same" if raised[1] == raised[0] else raised[1])
 
 # %% [markdown]
-# Every rank raises that error, and no data has moved. The executor that you will meet in [lesson
-# 06](06_the_gpipe_schedule.ipynb) works with such plans only.
+# Every rank raises the error, and no data has moved. The executor of [lesson 06](06_the_gpipe_schedule.ipynb) works with
+# such plans only.
 #
 # ## A collective that only some ranks call
 # In a *collective* all ranks take part: a barrier, a sum over all. If one rank skips it, the others wait: no circle
-# this time, but a wait without end all the same. Every wait must therefore have a limit, here one second. Look at
-# what torch's own error tells you.
+# this time, but a wait without end all the same. Every wait must therefore have a limit: `launch` sets `wait_limit=60`
+# seconds, here it is one. Look at what torch's own error tells you.
 
 
 # %%
@@ -462,8 +466,8 @@ print(str(torch_says).splitlines()[0])
 assert torch_says.kind == "timeout"
 
 # %% [markdown]
-# It gave up in time, and that is all it can say: not for whom it waited. A collective over our transport knows that.
-# `Gathering` sends one tensor of bytes from every rank to every other:
+# It gave up in time, but cannot say for whom it waited. A collective over our transport can. `Gathering` sends one tensor
+# of bytes from every rank to every other:
 
 # %% tags=["nbval-check-output", "claim:named"]
 from course_utils.transfer import Gathering
@@ -482,6 +486,9 @@ print(str(we_say).splitlines()[0])
 assert (we_say.kind, we_say.rank) == ("timeout", 1)
 
 # %% [markdown]
+# The run knew that stage 1 had ended, and waited the second all the same: such a wait ends at its limit. `status()`
+# tells before, and `run_in_threads` ends at once.
+#
 # ## Five questions for a hang
 # Who waits? For what? From whom? What did that one do last? Since when? Whatever tool you use later, ask it these. A
 # run answers them while it goes on. Here rank 1 is merely slow:
@@ -499,22 +506,22 @@ def slow(worker):
 with start(slow, 2) as run:
     status = when(run, "slow")
 wait = status.states[0].wait
-print("who waits?               rank", wait.rank)
-print("for what?               ", wait.what)
-print("from whom?               rank", wait.peer)
-print("what does that one do?  ", status.states[wait.peer].text)
-print("since when?             ", f"{wait.seconds:.1f} s")
+print("who waits?                  rank", wait.rank)
+print("for what?                  ", wait.what)
+print("from whom?                  rank", wait.peer)
+print("what did that one do last? ", status.states[wait.peer].text)
+print("since when?                ", f"{wait.seconds:.1f} s ago")
 print(status.verdict)
 
 # %% [markdown]
-# No circle: the arrow ends at a rank that computes, so this is no deadlock. The verdict names the rank to look at.
-# The other rank is healthy, although it is the one that stands still.
+# No circle: the arrow ends at a rank that computes, so this is no deadlock. The verdict names that rank. The other one is
+# healthy, although it stands still.
 
 # %% [markdown] tags=["summary"]
 # ## What you know now
-# - Every rank runs the same function in a process of its own and knows its number. <!-- shown: ranks -->
+# - Every rank runs the same function in its own process. <!-- shown: ranks -->
 # - Ranks can meet through a file; on Linux nothing listens once they are connected. <!-- shown: listens -->
-# - A gloo send of four bytes waits until the other side receives. <!-- shown: rendezvous -->
+# - A gloo send, of four bytes or four million, waits until the other side receives. <!-- shown: rendezvous -->
 # - Two ranks that both send first wait for each other for ever, and the run can say so. <!-- shown: deadlock -->
 # - Begin both messages, then wait for both: nobody has to be first. <!-- shown: mended -->
 # - The bytes of a border are known before anything runs. <!-- shown: bytes -->
@@ -522,7 +529,7 @@ print(status.verdict)
 # - A buffer that is too large is filled in part, without an error. <!-- shown: prefix -->
 # - Plans that are compared first turn a wrong shape into an error on every rank. <!-- shown: plan -->
 # - A collective that one rank skips ends at the limit of the wait. <!-- shown: bounded -->
-# - The transport names the rank that is missing. <!-- shown: named -->
+# - The transport names the missing rank. <!-- shown: named -->
 # - Five questions tell a slow rank from a deadlock. <!-- shown: questions -->
 #
 # **Kept for later:** `send`, `receive`, `exchange`, `send_carry`, `receive_carry`, `ping_pong` and `fit_link` in
@@ -530,8 +537,8 @@ print(status.verdict)
 # `course_utils/waits.py`.
 #
 # **Practise:** let three ranks pass a tensor round a ring, each to the next one. Write it so that all send first, and
-# read the circle that `run_in_threads` names; then mend it. After that give rank 1 in `wrong_shape` a buffer that is
-# too small, `(1, 3)`, and read what the run says of the process that was ended.
+# read the circle that `run_in_threads` names; then mend it. After that give rank 1 in `wrong_shape` too small a
+# buffer, `(1, 3)`, and read what the run says.
 #
 # **Next:** [04 · Naive model parallelism](04_naive_model_parallelism.ipynb)
 
@@ -548,9 +555,9 @@ print(status.verdict)
 # 1. Start and end are both read on rank 0. The clock of rank 1 is never asked.
 # 2. It names whoever gave up first and not the circle. Slow, dead and deadlocked ranks look alike in it.
 # 3. Yes, although ranks 0 and 2 are neighbours and both send first: the chain of waits ends at rank 1, which
-#    receives. One rank that breaks the circle is enough, but the messages then go one after the other. To begin all
-#    messages before the first wait needs no rule.
-# 4. It takes the bytes as they are, as the last cell shows. The hash of the plan has the type in it.
+#    receives (the second cell). One rank that breaks the circle is enough, but the messages then go one after the
+#    other. To begin all messages before the first wait needs no rule.
+# 4. It takes the bytes as they are (the third cell). The hash of the plan has the type in it.
 #
 # The exchange: begin both messages, then wait for both.
 
@@ -566,6 +573,20 @@ def exchange(worker, mine, peer):
 
 
 check("03.exchange", exchange)
+
+
+# %% tags=["answers", "nbval-check-output"]
+def ring(worker):
+    mine, theirs = torch.tensor([float(worker.rank)]), torch.empty(1)
+    if worker.rank % 2:
+        receive(worker, theirs, (worker.rank - 1) % 3, "a number")
+    send(worker, mine, (worker.rank + 1) % 3, "a number")
+    if worker.rank % 2 == 0:
+        receive(worker, theirs, (worker.rank - 1) % 3, "a number")
+    return theirs.item()
+
+
+print("ranks 0, 1 and 2 got", *run_in_threads(ring, 3))
 
 
 # %% tags=["answers", "nbval-check-output"]

@@ -37,15 +37,18 @@ print(stage_table(cut.builders, cut.partition))
 
 # %% [markdown]
 # The decoder. What one stage holds the other does not, and no rank ever sees the whole.
+#
+# The simplest way to train them is *naive model parallelism*: one micro-batch at a time goes through all stages,
+# forward and then backward, and only then the next one begins.
 
 # %% [markdown] tags=["stub"]
 # ## Write it first
 # One step, the same function on every rank. For each micro-batch in turn stage $k$ receives activations, computes its
 # forward and sends on; then it receives gradients, computes its backward and sends back. The first stage has nobody
 # before it, the last nobody behind it: there the loss is made. From `course_utils.links` you have `send_carry(worker,
-# tensors, peer, what)`, `receive_carry(worker, specs, peer, what)` and `present(tensors)`, the tensors that are not
-# `None`; from [lesson 02](02_cut_it.ipynb) `cut.carry_after(stage, micro_batch.geometry)`, the specs of what a stage
-# hands on.
+# tensors, peer, label)`; `receive_carry(worker, specs, peer, label)`, which returns a tuple with `None` in the empty
+# places; and `present(tensors)`, the tensors that are not `None`. From [lesson 02](02_cut_it.ipynb) you have
+# `cut.carry_after(stage, micro_batch.geometry)`, the specs of what a stage hands on.
 
 # %% tags=["stub", "nbval-check-output"]
 import torch
@@ -108,12 +111,13 @@ def timed_step(worker, stage, cut, micro_batches, num_tokens, timeline):
 
 # %% [markdown]
 # Only the two `if not stage.is_first` and the two about the last stage know where a rank stands. Both sides of each
-# message are in this one function, and they come in the same order on both ranks: that is why nothing deadlocks.
+# message are in this one function. Whenever one rank sends, its partner's next message is the matching receive: that
+# is why nothing deadlocks.
 #
 # Around it, what a rank does in a run. The first step only warms up; the second is kept.
 
 # %%
-from course_utils.fingerprints import fingerprint, step_summary
+from course_utils.fingerprints import StageRecord, fingerprint, step_summary
 from course_utils.timeline import Timeline, merge
 
 
@@ -161,8 +165,11 @@ assert fingerprint(summary for _, summary in four) == one_device
 
 # %% [markdown]
 # ## Then the time
-# Two processes, two cores. **Predict** the *utilisation*: the share of the whole time in which a rank computes, on
-# average over both ranks.
+# Two processes, two cores. The *makespan* is the time from the first start to the last end of a step, over all ranks.
+# **Predict** the *utilisation*: the share of the makespan in which a rank computes, on average over both ranks.
+#
+# The intervals of two processes go on one axis. On one machine that is allowed: all its processes read the same
+# `perf_counter`, and `merge` relies on it. Clocks of several machines differ, and `merge` must be told by how much.
 
 # %%
 from course_utils.predictions import predict
@@ -184,12 +191,12 @@ print(" ".join(f"{i.kind}{i.micro_batch} on rank {i.rank}," for i in in_order[:4
 from course_utils.charts import describe_prediction, draw_prediction
 from course_utils.plots import describe_timeline, draw_timeline, show
 
-show(draw_timeline(timeline), says=describe_timeline(timeline))
+show(draw_timeline(timeline), says=describe_timeline(timeline, with_bubble=False))
 
 # %% [markdown]
 # One works while the other waits, without exception: F0 on rank 1 needs what F0 on rank 0 made, B0 on rank 0 needs
 # the gradient from rank 1, and the next micro-batch begins only after that. At any moment at most one of $K$ ranks
-# computes, so together they cannot reach more than $1/K$. What is missing to $1/K$ are messages, and whatever else
+# computes, so together they cannot reach more than $1/K$. What is missing from $1/K$ is messages, and whatever else
 # the machine had to do.
 
 # %%
@@ -246,7 +253,8 @@ guess.settle(measured=emulated.efficiency, formula=1 / 4)
 print(f"formula {1 / 4:.3f}, emulated {emulated.efficiency:.3f}")
 
 # %%
-show(draw_timeline(emulated), says=f"{describe_timeline(emulated)} {describe_prediction(guess)}")
+says = f"{describe_timeline(emulated, with_bubble=False)} {describe_prediction(guess)}"
+show(draw_timeline(emulated), says=says)
 
 # %% [markdown]
 # The more stages, the more stand still. More devices make this way of training no faster at all.
@@ -276,18 +284,20 @@ print(f"7 + 1 blocks take {uneven / even:.2f} times as long as 4 + 4")
 # %%
 from course_utils.charts import describe_bars, draw_bars
 
-cuts = dict(zip(["4 + 4 blocks", "7 + 1 blocks"], turns[-1], strict=True))
-shares = {f"{name}, rank {rank}": t.utilisation(rank) for name, t in cuts.items() for rank in (0, 1)}
-labels = {"unit": "share of the time", "title": "Utilisation by rank"}
+shares = {}
+for name, steps in zip(["4 + 4 blocks", "7 + 1 blocks"], zip(*turns, strict=True), strict=True):
+    for rank in (0, 1):
+        shares[f"{name}, rank {rank}"] = statistics.median(step.utilisation(rank) for step in steps)
+labels = {"unit": "share of the time", "title": f"Utilisation by rank, median of {len(turns)} turns"}
 
 # %%
 show(draw_bars(shares, **labels), says=describe_bars(shares, **labels))
 
 # %% [markdown]
 # The two ranks share the work in another way, but it is the same work: in the naive order a step takes the *sum* of
-# all stages, wherever you cut. (By what the two times differ is noise, and messages of another size.) That is
-# peculiar to this order. As soon as stages work at the same time the slowest one decides. Simulated, with a forward
-# of 2 + 2 or of 3 + 1 units, and a backward like it:
+# all stages, wherever you cut. (The ratio differs from 1 by caches, messages and noise; run it again and see how
+# much.) That is peculiar to this order. As soon as stages work at the same time the slowest one decides. Simulated,
+# with a forward of 2 + 2 or of 3 + 1 units, and a backward like it:
 
 # %% tags=["nbval-check-output", "claim:slowest"]
 from course_utils.schedules import gpipe
@@ -301,21 +311,53 @@ for schedule, name in ((naive(2, 4), "naive"), (gpipe(2, 4), "GPipe")):
 # %% [markdown]
 # ## Each rank its own optimizer
 # Adam treats every weight by itself, so each rank simply steps an optimizer of its own over its own weights. No
-# message is needed. (What is *not* local, the norm for clipping, is the subject of lesson 09.)
-
+# message should be needed. (What is *not* local, the norm for clipping, is the subject of lesson 09.) `learn` repeats
+# one mini-batch, and tells of its rank the losses, the number of weights, which parameters never changed, and the
+# digests of all weights.
 
 # %%
-def learn(worker, cut, micro_batches, num_tokens, steps):
+from types import SimpleNamespace
+
+
+def learn(worker, cut, micro_batches, num_tokens, steps, step=timed_step):
     stage = cut.build(worker.rank, seed=0)
-    optimizer = torch.optim.Adam(stage.parameters(), lr=1e-3)
-    curve = []
+    before = [weight.detach().clone() for weight in stage.parameters()]
+    optimizer, curve, record = torch.optim.Adam(stage.parameters(), lr=1e-3), [], StageRecord()
     for _ in range(steps):
         optimizer.zero_grad()
         timeline = Timeline(worker.world_size, "not looked at")
-        losses = timed_step(worker, stage, cut, micro_batches, num_tokens, timeline)
+        losses = step(worker, stage, cut, micro_batches, num_tokens, timeline)
         curve.append(sum(loss.item() for loss in losses.values()))
         optimizer.step()
-    return curve, sum(weight.numel() for weight in stage.parameters())
+    named = list(stage.named_parameters_globally())
+    record.add_weights(named)
+    unchanged = [name for (name, weight), old in zip(named, before, strict=True) if torch.equal(weight, old)]
+    size = sum(weight.numel() for weight in stage.parameters())
+    return SimpleNamespace(curve=curve, size=size, unchanged=unchanged, weights=record.summary())
+
+
+# %% [markdown]
+# One device with one optimizer, in a plain loop. Will the weights still agree to the last bit after five steps?
+
+# %% tags=["fingerprint", "claim:weights"]
+model, record = CutModel(config, by_count(8, 1)).build(0, seed=0), StageRecord()
+optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+with one_thread():
+    for _ in range(5):
+        optimizer.zero_grad()
+        for micro_batch in micro_batches:
+            logits, _ = model((None, None), micro_batch)
+            sum_over_tokens(logits, micro_batch, num_tokens).backward()
+        optimizer.step()
+record.add_weights(model.named_parameters_globally())
+one_optimizer = fingerprint([record.summary()])
+two_optimizers = fingerprint(rank.weights for rank in launch(learn, 2, cut, micro_batches, num_tokens, 5))
+print("weights after five steps, one optimizer: ", one_optimizer)
+print("weights after five steps, two optimizers:", two_optimizers)
+assert two_optimizers == one_optimizer
+
+# %% [markdown]
+# They do: the stages exchanged activations and gradients, the optimizers nothing.
 
 
 # %% [markdown]
@@ -329,11 +371,12 @@ def learn(worker, cut, micro_batches, num_tokens, steps):
 deeper = TransformerConfig(d_model=128, decoder_layers=3)
 per_stage = 9 // 2
 careless = CutModel(deeper, tuple(range(k * per_stage, (k + 1) * per_stage) for k in range(2)))
-(_, of_rank_0), (curve, of_rank_1) = launch(learn, 2, careless, micro_batches, num_tokens, 10)
+ranks = launch(learn, 2, careless, micro_batches, num_tokens, 10)
+there = sum(rank.size for rank in ranks)
 whole = sum(weight.numel() for weight in CutModel(deeper, by_count(9, 1)).build(0, seed=0).parameters())
-print("the loss fell:", curve[-1] < curve[0])
-print(f"{of_rank_0 + of_rank_1:,} weights of {whole:,} are there; missing:", careless.builders[8].name)
-assert of_rank_0 + of_rank_1 < whole
+print("the loss fell:", ranks[1].curve[-1] < ranks[1].curve[0])
+print(f"{there:,} weights of {whole:,} are there; missing:", careless.builders[8].name)
+assert there < whole
 
 # %% [markdown]
 # There is none. Here the missing block is the head: the loss takes the 128 numbers of the hidden state for scores of
@@ -346,9 +389,9 @@ try:
 except ValueError as error:
     print(error)
 careful = CutModel(deeper, by_count(9, 2))
-(_, of_rank_0), (_, of_rank_1) = launch(learn, 2, careful, micro_batches, num_tokens, 1)
-print(f"{of_rank_0 + of_rank_1:,} weights of {whole:,} are there")
-assert of_rank_0 + of_rank_1 == whole
+there = sum(rank.size for rank in launch(learn, 2, careful, micro_batches, num_tokens, 1))
+print(f"{there:,} weights of {whole:,} are there")
+assert there == whole
 
 # %% [markdown]
 # ## What it is good for all the same
@@ -363,9 +406,9 @@ guess = predict("peak of the heavier rank over one device", K=2, unit="share", v
 from course_utils.memory import measure_memory, memory_table
 from course_utils.recipes import TrainingConfig
 
-recipe = TrainingConfig(stages=2, micro_batches=4, schedule="naive", model=config, held_out=0)
+recipe = TrainingConfig(stages=2, micro_batches=4, schedule="naive", model=config)
 ranks = measure_memory(recipe)
-(alone,) = measure_memory(TrainingConfig(stages=1, micro_batches=4, schedule="naive", model=config, held_out=0))
+(alone,) = measure_memory(TrainingConfig(stages=1, micro_batches=4, schedule="naive", model=config))
 heavier = max(rank.peak for rank in ranks)
 assert sum(rank.stages[0].parameters for rank in ranks) == alone.stages[0].parameters
 assert heavier < alone.peak
@@ -377,9 +420,10 @@ show(draw_prediction(guess), says=describe_prediction(guess))
 
 # %% [markdown]
 # The weights add up exactly: nothing is held twice. The heavier rank is above one half, because the stages are not
-# equal, and the column *messages* is new. With $K$ stages a model may be about $K$ times as large, at the speed of
-# one device. [Lesson 06](06_the_gpipe_schedule.ipynb) makes the other ranks work meanwhile; for that the mini-batch
-# must first be cut in a way that changes no result.
+# equal, and *messages* are new. (On one device the 4 bytes there are the loss, just computed and in no stash.) With
+# $K$ stages a model may be about $K$ times as large, at the speed of one device. [Lesson
+# 06](06_the_gpipe_schedule.ipynb) makes the other ranks work meanwhile; for that the mini-batch must first be cut in
+# a way that changes no result.
 
 # %% [markdown] tags=["summary"]
 # ## What you know now
@@ -388,8 +432,9 @@ show(draw_prediction(guess), says=describe_prediction(guess))
 # - The same function runs on four ranks, with the same bits. <!-- shown: four-stages -->
 # - At no moment do two ranks compute, so utilisation is at most 1/2. <!-- shown: utilisation -->
 # - The package's executor with the naive schedule gives the same string. <!-- shown: package -->
-# - With four stages it is at most 1/4. <!-- shown: quarter -->
+# - With four stages the utilisation is at most 1/4. <!-- shown: quarter -->
 # - In the naive order the sum of the stages decides, in GPipe's the slowest. <!-- shown: slowest -->
+# - With an optimizer on each rank the weights after five steps have the bits of one device. <!-- shown: weights -->
 # - A cut that loses a block trains without an error. <!-- shown: lost -->
 # - Counting weights against the whole model finds it. <!-- shown: counted -->
 # - Each rank needs less memory than one device, and no weight is held twice. <!-- shown: fits -->
@@ -398,8 +443,8 @@ show(draw_prediction(guess), says=describe_prediction(guess))
 # and `merge` in `course_utils/timeline.py`; `measure_memory` in `course_utils/memory.py`.
 #
 # **Practise:** in a copy of `timed_step` let rank 0 `continue` with the next micro-batch as soon as it has sent, and
-# let rank 1 send nothing back. Train with it in `learn`. Does the loss fall? Which weights stay as they were, and
-# what would have told you?
+# let rank 1 send nothing back. Train with it: `launch(learn, 2, cut, micro_batches, num_tokens, 10, your_step)`. Does
+# the loss on rank 1, `curve`, fall? Which weights are `unchanged`, and what else would have told you?
 #
 # **Next:** [05 · Micro-batches](05_micro_batches.ipynb)
 

@@ -131,8 +131,8 @@ def run_pieces(micro_batches, order=None, share=sum_over_tokens):
 # %% [markdown]
 # ## What stays the same
 # One piece or four: is it the same gradient? First the strings, then the distance. A gradient $g$ counts as close to
-# $g'$ if $\|g - g'\|$ is at most $10^{-5}$ of the larger of two norms: its own, and a thousandth of the norm of all
-# gradients together (a gradient that ought to be zero is noise, and noise has nothing to be compared with).
+# $g'$ if $\|g - g'\|$ is at most $10^{-5}$ of its norm; for tiny gradients, of a thousandth of the global norm, that of
+# all gradients together. (A gradient that ought to be zero is noise, and noise has nothing to be compared with.)
 
 
 # %% tags=["claim:close"]
@@ -161,7 +161,7 @@ assert again.bits == four.bits != descending.bits
 # %% [markdown]
 # So the course settles on one order: each stage takes its micro-batches *ascending*, forward and backward, in every schedule. Then equality with one
 # device can be asked for, and it is: two stages, and three, run the same pieces in threads with the package's executor, also
-# seven rows in five ragged pieces, which PyTorch's pipeline stumbled over
+# seven rows in five ragged pieces, which PyTorch's pipelining does not support
 # ([pytorch#126600](https://github.com/pytorch/pytorch/issues/126600)). This is the one cell with messages in it.
 
 # %% tags=["fingerprint", "claim:same-bits"]
@@ -237,8 +237,9 @@ title = "weight of one token in a mean of means"
 show(draw_bars(weights, "times its right weight", title), says=describe_bars(weights, "times its right weight", title))
 
 # %% [markdown]
-# Nothing crashed, and the loss would have gone down. The mistake goes unnoticed where all pieces hold equally many tokens, for example in a test
-# with rows of one length. One division mends it, that of `sum_over_tokens`: by *all* tokens, which you must therefore know before the first backward.
+# Nothing crashed, and lesson 04 has shown how little a falling loss proves. The mistake goes unnoticed where all pieces hold equally many tokens, for
+# example in a test with rows of one length. One division mends it, that of `sum_over_tokens`: by *all* tokens. Know them before the first backward, or scale
+# every gradient once, before clipping and the update, as torchtune does ([torchtune#1917](https://github.com/meta-pytorch/torchtune/pull/1917)); here we divide first.
 
 # %% tags=["claim:unnoticed"]
 same_length = batch(range(100_000, 1_000_000), seed=0, step=0, size=12).split(4)
@@ -295,18 +296,19 @@ assert far > 100 * near
 
 # %% [markdown]
 # ## What more pieces cost
-# Now the price, on the model and the batch size of the course's last lesson: 64 rows, in 1 to 16 pieces, on one device. The arithmetic is the same, however it is cut. How many times as
+# Now the price, on the model and the batch size of [lesson 11](11_train_it_all.ipynb): 64 rows, in 1 to 16 pieces, on one device. The arithmetic is the same, however it is cut. How many times as
 # long do 16 pieces take as one?
 
 # %%
-time_guess = predict("time of 16 pieces over one", rows=64, unit="times as long", value=None)
+size = 64
+time_guess = predict("time of 16 pieces over one", rows=size, unit="times as long", value=None)
 
 # %%
 import statistics
 import time
 
 model = CutModel(TransformerConfig(), by_count(8, 1)).build(0, seed=0)
-big_batch = batch(range(100_000, 1_000_000), seed=0, step=0, size=64)
+big_batch = batch(range(100_000, 1_000_000), seed=0, step=0, size=size)
 cuts = {M: big_batch.split(M) for M in (1, 2, 4, 8, 16)}
 
 
@@ -335,17 +337,21 @@ show(draw_prediction(time_guess), says=describe_prediction(time_guess))
 
 # %% [markdown]
 # If every micro-batch had a fixed cost, whatever it holds, the time would be a straight line: $M$ times that cost, plus the work on all rows. Is it?
+# The fit is of the relative errors, as in [lesson 03](03_two_processes_that_talk.ipynb).
 
 # %%
 import numpy as np
 
 from course_utils.charts import describe_lines, draw_lines
 
-fixed, work = np.polyfit(list(milliseconds), list(milliseconds.values()), 1)
+measured = np.array(list(milliseconds.values()))
+fixed, work = np.polyfit(list(milliseconds), measured, 1, w=1 / measured)
 line = {M: M * fixed + work for M in milliseconds}
+off = max(abs(line[M] / taken - 1) for M, taken in milliseconds.items())
 print(f"fixed cost of a micro-batch {fixed:.1f} ms, work on all rows {work:.0f} ms")
+print(f"The times are {'close to' if off < 0.15 else 'not on'} a straight line here: it is at most {off:.0%} off.")
 if fixed > 0:
-    print(f"Here the fixed costs are half of the time at about M = {max(work, 0) / fixed:.0f}.")
+    print(f"Here the fixed costs are half of the time at about M = {max(work, 0) / fixed:.1f}.")
 else:
     print("No fixed cost can be seen here: perhaps other work disturbed the measurement. Run the two cells again.")
 
@@ -376,14 +382,14 @@ assert len(set(per_piece.values())) == 1
 
 # %% [markdown]
 # This is one reason why more micro-batches can make a pipeline *slower*: in
-# [fairscale#51](https://github.com/facebookresearch/fairscale/issues/51) a benchmark took 30.72 s with one, 53.51 s with two and 81.93 s with four.
+# [fairscale#51](https://github.com/facebookresearch/fairscale/issues/51) a benchmark took 30.72 s with one micro-batch, 53.51 s with two and 81.93 s with four.
 #
 # ## What more pieces save
 # Autograd keeps what the backward will need, until it has run. If each piece's backward follows its forward, only one piece's share is kept
 # at a time. Against one piece, how much is that with 16?
 
 # %%
-bytes_guess = predict("bytes kept with 16 pieces over one", rows=64, unit="of the bytes of one piece", value=None)
+bytes_guess = predict("bytes kept with 16 pieces over one", rows=size, unit="of the bytes of one piece", value=None)
 
 # %%
 from torch.autograd.graph import saved_tensors_hooks
@@ -444,21 +450,21 @@ show(draw_lines(both, "M", "MiB kept", log_x=True), says=describe_lines(both, "M
 # - Where all pieces hold equally many, nobody sees it. <!-- shown: unnoticed -->
 # - A division after the backward mends the printed loss only. <!-- shown: too-late -->
 # - There is one update per mini-batch; one per micro-batch is another algorithm. <!-- shown: once -->
-# - A piece takes as many operations as the whole, so every piece has a fixed cost. <!-- shown: operations -->
+# - A piece takes as many operations as the whole: one source of the fixed cost. <!-- shown: operations -->
 # - Pieces one after the other keep about $1/M$ of the bytes; all forwards first keep as much as the whole. <!-- shown: bytes -->
 #
 # **Kept for later:** `even_sizes` and `Batch.split` in `course_utils/number_words.py`; `sum_over_tokens` in `course_utils/pipeline.py`; the
 # loop over the micro-batches in `plain_loop`, `course_utils/training.py`.
 #
-# **Practise:** set `size=16` in the cell that makes `big_batch` and run the cells after it again. Which of the two numbers of the line changes, and at
-# which $M$ are the fixed costs half of the time now?
+# **Practise:** set `size = 16` in the cell of the time's prediction, and run it and the cells after it again. Which of the two numbers of the line changes, and
+# at which $M$ are the fixed costs half of the time now?
 #
 # **Next:** [06 · The GPipe schedule](06_the_gpipe_schedule.ipynb)
 
 # %% [markdown]
 # ## Questions
 # 1. With two micro-batches, would the descending order have given other bits?
-# 2. Why must the number of tokens of the whole mini-batch be known before the *first* backward?
+# 2. Here the number of tokens of the whole mini-batch has to be known before the *first* backward. Why, and what could you do without it?
 # 3. With `Adam` instead of SGD: how large is the harm of gradients that are $N$ times too large?
 # 4. One step of $K$ equal stages takes $M + K - 1$ turns ([lesson 07](07_bubble_and_stash.ipynb)), and a turn $(f + W/M)/K$, with the fixed
 #    cost $f$ and the work $W$ of your line. Which $M$ is the fastest?
@@ -466,8 +472,8 @@ show(draw_lines(both, "M", "MiB kept", log_x=True), says=describe_lines(both, "M
 # %% [markdown] tags=["answers"]
 # ## Answers
 # 1. No: $a + b$ and $b + a$ round alike. From three on it matters which two are added first.
-# 2. Each share is divided by it before its backward. A later division would have to change every gradient, as the
-#    mistake above forgot to.
+# 2. Each share is divided by it before its backward. Without it: backward on the plain sums, and divide every gradient once after the
+#    last of them, before clipping and the update. The mistake above forgot to.
 # 3. Small, as Adam divides by the size of the gradients. But clipping compares their norm with a fixed number, and then nearly
 #    every step is clipped. A harm that depends on the optimizer is hard to find.
 # 4. $(M + K - 1)(f + W/M)$ is smallest at $M = \sqrt{(K - 1)\,W/f}$: more stages want more pieces, a larger fixed cost wants fewer.

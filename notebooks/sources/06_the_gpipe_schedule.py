@@ -20,8 +20,8 @@ where("06")
 
 # %% [markdown]
 # ## A schedule is data
-# Two questions describe the work of a pipeline: what does each rank do, and in which order? Messages, memory and time follow from that.
-# So the answer is kept as a plain list. An *action* is one stage computing one micro-batch, forward (`F`) or backward (`B`).
+# Two questions describe the work of a pipeline: what does each rank do, and in which order? Messages and memory follow from that,
+# and with the cost of each action, time. So the answer is kept as a plain list. An *action* is one stage computing one micro-batch, forward (`F`) or backward (`B`).
 
 # %% tags=["nbval-check-output"]
 from course_utils.schedules import Action, one_stage_per_rank
@@ -76,14 +76,14 @@ print(staircase(gpipe(4, 4)))
 
 # %% [markdown]
 # Work enters at the top left and walks down, turns round at the last stage, and walks up again. All four stages work together
-# only twice: while `F3` is on stage 0, and while `B3` is on stage 3. A backward really takes about twice as long as a forward; as a
-# timeline:
+# only twice: while `F3` is on stage 0, and while `B3` is on stage 3. A backward takes longer than a forward, often up to twice as
+# long; as a timeline:
 
 # %%
 from course_utils.plots import describe_timeline, draw_timeline, show
 
 eight = simulate(gpipe(4, 8), forward=1, backward=2)
-show(draw_timeline(eight), says=describe_timeline(eight))
+show(draw_timeline(eight), says=describe_timeline(eight, with_bubble=False))
 
 # %% [markdown]
 # The grey corners are idle time: [lesson 07](07_bubble_and_stash.ipynb) counts them.
@@ -112,7 +112,7 @@ validate(mixed)
 
 # %% [markdown]
 # Read the last line from wait to wait. Rank 0 does not send micro-batch 1 before it has the gradients of micro-batch 0; rank 1 does not make these
-# before it has micro-batch 1. Each rank is right on its own, and together they hang. (*Buffered* names how messages move: over gloo, none has to wait for another.)
+# before it has micro-batch 1. Each rank is right on its own, and together they hang. (*Buffered* is the validator's word for: no message waits behind another.)
 #
 # ## Price it
 # `simulate` turns the waits into times, so two schedules can be compared without a run. With two stages and eight micro-batches, how many
@@ -149,8 +149,8 @@ micro_batches, num_tokens = whole.split(8), whole.num_tokens
 plan = StepPlan([m.geometry for m in micro_batches], cut.carry_after, num_stages=2)
 
 # %% [markdown]
-# Two helpers. What crosses the border is the tuple (hidden, memory); a place may be empty. A send returns at once, and what it returns has to
-# be kept: gloo never delivers a message whose handle is dropped.
+# Two helpers. What crosses the border is the tuple (hidden, memory); a place may be empty. `begin_send` waits for nobody, unlike the
+# `send` of lesson 03. Keep what it returns: a message whose handle is dropped may be lost.
 
 # %%
 import torch
@@ -166,39 +166,52 @@ def receive(transport, message, plan):
     return buffers
 
 
-def send(transport, message, tensors):
+def begin_send(transport, message, tensors):
     """Begin to send; return what must be waited for."""
     there = [t.contiguous() for t in tensors if t is not None and message is not None]
     return [transport.isend(tensor, message.destination, message) for tensor in there]
 
 
 # %% [markdown]
-# And this is the *executor*. Look for three things: nowhere does it say "GPipe"; the border is that of
-# [lesson 02](02_cut_it.ipynb); and `stash` holds what a forward leaves for its backward.
+# A forward and a backward are those of [lesson 02](02_cut_it.ipynb), for one stage. Look for the two things that a forward leaves for its
+# backward.
 
 # %%
 from course_utils.pipeline import sum_over_tokens
 
 
-def run_rank(transport, schedule, stage, micro_batches, plan, num_tokens, send=send):
+def forward_action(stage, arrived, micro_batch, num_tokens):
+    """What the stage received, as leaves of its own graph, and what it makes of them; the last stage makes the loss."""
+    leaves = tuple(None if t is None else t.requires_grad_() for t in arrived)
+    carry = stage(leaves, micro_batch)
+    return leaves, (sum_over_tokens(carry[0], micro_batch, num_tokens),) if stage.is_last else carry
+
+
+def backward_action(stage, leaves, carry, arrived):
+    """The gradients of all that was handed on enter together; the gradients of the leaves come out."""
+    gradients = [torch.tensor(1.0)] if stage.is_last else arrived
+    pairs = [(t, g) for t, g in zip(carry, gradients, strict=True) if g is not None]
+    torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
+    return [None if leaf is None else leaf.grad for leaf in leaves]
+
+
+# %% [markdown]
+# And this is the *executor*. It takes in, computes, hands on; `stash` holds what a forward leaves. Nowhere does it say "GPipe".
+
+
+# %%
+def run_rank(transport, schedule, stage, micro_batches, plan, num_tokens, send=begin_send):
     stash, sending, losses = {}, [], {}
     for action in schedule.actions[transport.rank]:
         m = action.micro_batch
         arrived = receive(transport, schedule.received_by(action), plan)
         if action.kind == "F":
-            leaves = [None if t is None else t.requires_grad_() for t in arrived]
-            carry = stage(tuple(leaves), micro_batches[m])
+            stash[m] = forward_action(stage, arrived, micro_batches[m], num_tokens)
+            result = [None if t is None else t.detach() for t in stash[m][1]]  # numbers without their graph
             if stage.is_last:
-                carry = (sum_over_tokens(carry[0], micro_batches[m], num_tokens),)
-                losses[m] = carry[0].detach()
-            stash[m] = leaves, carry
-            result = [None if t is None else t.detach() for t in carry]
+                losses[m] = result[0]
         else:
-            leaves, carry = stash.pop(m)
-            gradients = [torch.tensor(1.0)] if stage.is_last else arrived
-            roots = [(t, g) for t, g in zip(carry, gradients, strict=True) if g is not None]
-            torch.autograd.backward(*zip(*roots, strict=True))
-            result = [None if leaf is None else leaf.grad for leaf in leaves]
+            result = backward_action(stage, *stash.pop(m), arrived)
         sending += send(transport, schedule.sent_by(action), result)
     for operation in sending:
         transport.wait(operation)
@@ -206,7 +219,7 @@ def run_rank(transport, schedule, stage, micro_batches, plan, num_tokens, send=s
 
 
 # %% [markdown]
-# Take in, compute, hand on. Another schedule is another list, not another loop. One step with it, and what the step
+# Another schedule is another list, not another loop. One step with it, and what the step
 # adds to the fingerprint:
 
 # %%
@@ -214,7 +227,7 @@ from course_utils.fingerprints import fingerprint, step_summary
 from course_utils.threads import Deadlock, run_in_threads
 
 
-def one_step(worker, schedule, send=send):
+def one_step(worker, schedule, send=begin_send):
     stage = cut.build(worker.rank, seed=0)
     losses = run_rank(worker.transport, schedule, stage, micro_batches, plan, num_tokens, send)
     return step_summary(losses, stage.named_parameters_globally())
@@ -230,12 +243,12 @@ in_threads
 import re
 
 
-def run_to_the_end(schedule, send=send):
+def run_to_the_end(schedule, send=begin_send):
     """In threads; a deadlock is told without the seconds of each wait, which differ from run to run."""
     try:
         return fingerprint(run_in_threads(one_step, 2, schedule, send))
     except Deadlock as error:
-        raise Deadlock(re.sub(r" since [0-9.]+ s", "", str(error))) from None
+        raise Deadlock(re.sub(r" since [0-9.]+ s| \(for [0-9.]+ s\)", "", str(error))) from None
 
 
 # %% tags=["raises-exception", "nbval-check-output", "claim:deadlock"]
@@ -285,12 +298,14 @@ assert len(set(strings.values())) == 1
 # One string. The reason is short: each stage adds up the gradients of micro-batch 0, 1, 2, ... and in no other order.
 #
 # ## What the package adds
-# The loop in `course_utils/pipeline.py`, without its docstring. Find your own lines in it first.
+# This is the loop in `course_utils/pipeline.py`. Look for what is yours: take in, compute, hand on.
 
 # %%
 import inspect
+from textwrap import dedent
 
-print(inspect.getsource(Pipeline.step).split('"""')[2])
+step = inspect.getsource(Pipeline.step)
+print(dedent(re.search(r"^ +for number, action.*?hand_on[^\n]+", step, re.DOTALL | re.MULTILINE)[0]))
 
 # %% [markdown]
 # What it has besides, and where it is kept:
@@ -326,11 +341,12 @@ simulated = simulate_like(measured, gpipe(2, 8))
 # %%
 from course_utils.plots import draw_timelines
 
-both = f"{describe_timeline(measured)} {describe_timeline(simulated)}"
+both = " ".join(describe_timeline(step, with_bubble=False) for step in (measured, simulated))
 show(draw_timelines([measured, simulated]), says=both)
 
 # %% [markdown]
-# The measured step has waits, sends, and actions that take longer one time than another. The order is that of the list:
+# The measured step has waits, actions that take longer one time than another, and sends. Nobody waits for the peer in a *send* bar: there a tensor is
+# checked, copied and posted. The order is that of the list:
 
 # %% tags=["claim:order"]
 for rank, row in enumerate(gpipe(2, 8).actions):
@@ -346,15 +362,15 @@ print("both ranks ran their row of the schedule, in order")
 from course_utils.emulation import emulate
 
 four = emulate(gpipe(4, 4), forward=0.005, backward=0.010)
-four_simulated = simulate_like(four, gpipe(4, 4))
+pair = [four, simulate_like(four, gpipe(4, 4))]
 
 # %%
-show(draw_timelines([four, four_simulated]), says=f"{describe_timeline(four)} {describe_timeline(four_simulated)}")
+show(draw_timelines(pair), says=" ".join(describe_timeline(step, with_bubble=False) for step in pair))
 
 # %% [markdown]
 # ## Sends that wait
-# So far a send returned at once. What if it returns only when the receiver has taken the message? And was the price right? One launch
-# times three ways in turns, with our own loop.
+# In this lesson's loop a send returned at once. What if it returns only when the receiver takes the message, as in lesson 03? And was the
+# price right? One launch times three ways in turns, with our own loop.
 
 # %%
 import time
@@ -362,7 +378,7 @@ from statistics import median
 
 
 def send_and_wait(transport, message, tensors):
-    for operation in send(transport, message, tensors):
+    for operation in begin_send(transport, message, tensors):
         transport.wait(operation)
     return []
 
@@ -379,10 +395,15 @@ def time_them(worker, ways, repetitions=7):
 
 
 # %%
-ways = {"naive": (naive(2, 8), send), "GPipe": (gpipe(2, 8), send), "GPipe, blocking": (gpipe(2, 8), send_and_wait)}
+ways = {
+    "naive": (naive(2, 8), begin_send),
+    "GPipe": (gpipe(2, 8), begin_send),
+    "blocking": (gpipe(2, 8), send_and_wait),
+}
 seconds = launch(time_them, 2, ways)[0]  # rank 0 begins and ends the step
-guess.settle(measured=seconds["naive"] / seconds["GPipe"], formula=expected)
-blocking = seconds["GPipe, blocking"] / seconds["GPipe"]
+speed_up, blocking = seconds["naive"] / seconds["GPipe"], seconds["blocking"] / seconds["GPipe"]
+guess.settle(measured=speed_up, formula=expected)
+print(f"GPipe is {speed_up:.2f} times as fast as naive here{': your cores were not free' * (speed_up < 1)}")
 verdict = "about the same" if 0.9 < blocking < 1.1 else "slower" if blocking > 1 else "faster"
 print(f"GPipe with blocking sends takes {blocking:.2f} times as long as with asynchronous ones here: {verdict}")
 
@@ -393,7 +414,7 @@ show(draw_prediction(guess), says=describe_prediction(guess))
 
 # %% [markdown]
 # The formula needs equal stages, free messages and an idle core for each stage; what is missing of these is missing from the measured bar.
-# In GPipe a blocking send waits little if the line is fast, as it is within one machine: the receiver is mostly there already. On a slow line it is different.
+# If blocking sends cost GPipe little here, it is because who waits has the time: after its forwards rank 0 waits for `B0` in any case.
 #
 # ## Mistakes made on purpose
 # **Both send first.** In GPipe all messages go down, then all go up. 1F1B, which [lesson 07](07_bubble_and_stash.ipynb)
@@ -405,20 +426,22 @@ from course_utils.schedules import one_f_one_b
 run_to_the_end(one_f_one_b(2, 8), send_and_wait)
 
 # %% [markdown]
-# The schedule is valid; the sends are not what it was validated for. With sends that return at once it runs, and the string is known:
+# The schedule is valid; the sends are not what it was validated for. With sends that return at once it runs, and its string is that of one device:
 
 # %% tags=["claim:mended"]
-assert run_to_the_end(one_f_one_b(2, 8), send) == strings["one device"]
+mended = run_to_the_end(one_f_one_b(2, 8), begin_send)
+print(f"{mended} 1F1B\n{strings['one device']} one device")
+assert mended == strings["one device"]
 
 # %% [markdown]
-# **One rank counts differently.** In [torchtitan#775](https://github.com/pytorch/torchtitan/issues/775) training hung when there were fewer micro-batches than stages. The
-# smallest hang of this kind: two stages, one micro-batch, and rank 0 counts on two.
+# **One rank counts differently.** All ranks must hold the same list. The smallest hang if they do not: two stages, one micro-batch, and rank 0
+# counts on two.
 
 # %% tags=["mistake", "raises-exception", "nbval-check-output", "claim:miscounted"]
 run_to_the_end(parse("0F0,0F1,0B0,0B1\n1F0,1B0"))
 
 # %% [markdown]
-# No circle this time: rank 1 is done, and rank 0 waits for it. GPipe itself has no trouble with $M < K$, if all ranks hold the same list:
+# No circle this time: rank 1 is done, and rank 0 waits for it. GPipe itself has no trouble with $M < K$, if the lists agree:
 
 # %% tags=["nbval-check-output", "claim:few"]
 print(staircase(validate(gpipe(4, 2))))
@@ -458,7 +481,7 @@ assert other_bits != strings["one device"] and distance < 1e-5
 validate(descending)
 
 # %% [markdown]
-# **Received in another order than sent.** No message carries a name: the first that is sent is the first that arrives. Here rank 1
+# **Received in another order than sent.** Our messages carry no tag: sends and receives are paired in order. Here rank 1
 # takes micro-batch 1 first. All micro-batches have one shape, so no check of shapes can help.
 
 # %% tags=["mistake", "claim:swapped"]
@@ -547,4 +570,5 @@ check("06.gpipe", gpipe)
 # [arXiv 2104.04473](https://arxiv.org/abs/2104.04473), section 2.2 · PyTorch:
 # [torch.distributed.pipelining](https://docs.pytorch.org/docs/stable/distributed.pipelining.html),
 # [point-to-point communication](https://docs.pytorch.org/docs/stable/distributed.html#point-to-point-communication) ·
-# [pytorch#144702](https://github.com/pytorch/pytorch/pull/144702): why `Schedule1F1B` refuses $M < K$.
+# [pytorch#144702](https://github.com/pytorch/pytorch/pull/144702): why PyTorch's `Schedule1F1B` refuses $M < K$, a
+# guard against a hang of its own.

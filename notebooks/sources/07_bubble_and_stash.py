@@ -62,63 +62,80 @@ guess = predict("bubble", K=4, M=8, unit="share of the total time", value=None) 
 
 # %% [markdown]
 # Four and eight stages are emulated: real processes, real messages, the package's executor, and stages that
-# sleep instead of computing, because no laptop has eight idle devices. One launch runs all $M$.
+# sleep instead of computing, because this notebook cannot count on eight idle cores. `emulate_rank` is what `emulate` of lesson 06 runs in each
+# process; here one launch runs all $M$. A message is a tensor of 8 x 16 x 128, and the second of two steps is recorded.
 
 # %%
 from course_utils.emulation import emulate_rank
 from course_utils.processes import launch
-from course_utils.timeline import Timeline, merge
 
 
 def emulated(worker, sizes):
-    """The timelines of one rank, one per M; the second of two steps is recorded."""
+    """The timelines of one rank, one per M."""
     K = worker.world_size
-    seconds = {"forward": [0.005] * K, "backward": [0.010] * K, "recompute": [0.005] * K}  # recompute: not used here
+    seconds = {"forward": [0.005] * K, "backward": [0.010] * K, "recompute": [0.005] * K}  # of each stage
     return [emulate_rank(worker, gpipe(K, M), seconds, message_shape=(8, 16, 128), steps=2) for M in sizes]
 
 
+# %% [markdown]
+# Every rank has returned its own timelines; for each $M$, `merge` puts those of all ranks together.
+
+# %%
+from course_utils.timeline import Timeline, merge
+
 measured, sizes = {}, (1, 2, 4, 8, 16, 32)
 for K in (4, 8):
-    steps = zip(*launch(emulated, K, sizes), strict=True)  # for each M the timelines of all ranks
+    steps = zip(*launch(emulated, K, sizes), strict=True)
     measured[K] = {M: merge(step).bubble_of_total for M, step in zip(sizes, steps, strict=True)}
 guess = guess.settle(measured=measured[4][8], formula=(4 - 1) / (8 + 4 - 1))
 {K: {M: round(share, 3) for M, share in row.items()} for K, row in measured.items()}
 
 # %% [markdown]
-# Two stages are real: the Transformer of the course, encoder and decoder, on a mini-batch of 64 rows. The schedules take turns, and each counts with the
-# median of its steps.
+# Two stages are real: the Transformer of the course, encoder and decoder, on a mini-batch of 64 rows. The numbers have six
+# digits, so all micro-batches have one shape; few of them are enough, and none is held out, because nothing is learned here.
+
+# %%
+from course_utils.number_words import batch
+from course_utils.recipes import TrainingConfig
+
+config = TrainingConfig(stages=2, micro_batches=8, lowest=100_000, training_numbers=2_000, held_out=0)
+whole = batch(range(100_000, 1_000_000), seed=0, step=0, size=64)
+
+# %% [markdown]
+# What a rank does: `record_step` is the step of lesson 06 with a timeline. In `take_turns` one schedule after the other runs a step, five times
+# over, and the first turn only warms up.
+
+# %%
+from course_utils.pipeline import Pipeline
+from course_utils.transfer import agree
+
+
+def record_step(worker, stage, schedule):
+    pipeline = Pipeline({worker.rank: stage}, schedule, worker.transport, config.cut.carry_after)
+    pipeline.timeline = Timeline(worker.world_size, "measured", "seconds")
+    micro_batches = whole.split(schedule.num_micro_batches)
+    agree(worker.transport, plan := pipeline.plan(micro_batches))
+    pipeline.step(micro_batches, plan, whole.num_tokens)
+    return pipeline.timeline
+
+
+def take_turns(worker, schedules):
+    stage = config.cut.build(worker.rank, config.seed)
+    return [[record_step(worker, stage, schedule) for schedule in schedules] for turn in range(5)][1:]
+
+
+# %% [markdown]
+# `run_real` puts the two ranks' timelines together. Of the four steps of each $M$ the median counts.
 
 # %%
 from statistics import median
 
-from course_utils.number_words import batch
-from course_utils.pipeline import Pipeline
-from course_utils.recipes import TrainingConfig
-from course_utils.transfer import agree
 
-config = TrainingConfig(stages=2, micro_batches=8, held_out=0, lowest=100_000, training_numbers=2_000)
-whole = batch(range(100_000, 1_000_000), seed=0, step=0, size=64)
-
-
-def recorded(worker, schedules, steps=5):
-    """For each schedule the timelines of one rank; its first step is left out."""
-    stage, cut, timelines = config.cut.build(worker.rank, config.seed), config.cut, [[] for _ in schedules]
-    for step in range(steps):
-        for schedule, own in zip(schedules, timelines, strict=True):
-            pipeline = Pipeline({worker.rank: stage}, schedule, worker.transport, cut.carry_after)
-            micro_batches = whole.split(schedule.num_micro_batches)
-            agree(worker.transport, plan := pipeline.plan(micro_batches))
-            own.append(Timeline(worker.world_size, "measured", "seconds"))
-            pipeline.timeline = own[-1]
-            pipeline.step(micro_batches, plan, whole.num_tokens, dropout_key=(config.seed, step))
-    return [own[1:] for own in timelines]
-
-
-# %%
 def run_real(schedules):
-    """For each schedule the timelines of its steps, the ranks put together."""
-    ranks = launch(recorded, 2, schedules)
-    return [[merge(step) for step in zip(*own, strict=True)] for own in zip(*ranks, strict=True)]
+    """For each schedule its steps, each a timeline of both ranks."""
+    rank_0, rank_1 = launch(take_turns, 2, schedules)
+    turns = [[merge(both) for both in zip(*turn, strict=True)] for turn in zip(rank_0, rank_1, strict=True)]
+    return list(zip(*turns, strict=True))
 
 
 runs = dict(zip(sizes, run_real([gpipe(2, M) for M in sizes]), strict=True))
@@ -130,16 +147,17 @@ for K, row in measured.items():
     assert min(row.values()) < row[1]
 
 
+# %%
 def draw_sweep():
     figure, axes = new_figure(3.6)
     for K, colour in {2: "#0072b2", 4: "#d55e00", 8: "#009e73"}.items():
-        axes.plot(range(1, 33), [(K - 1) / (M + K - 1) for M in range(1, 33)], ":", color=colour)
+        axes.plot(range(1, 33), [(K - 1) / (M + K - 1) for M in range(1, 33)], ":", color=colour)  # the formula
         how = "real" if K == 2 else "emulated compute, real messages"
         axes.plot(measured[K].keys(), measured[K].values(), "o-", color=colour, label=f"K={K}, {how}")
     if guess.value is not None:
         axes.plot(8, guess.value, "k*", markersize=12, label="your prediction, K=4, M=8")
     axes.set(xscale="log", xlabel="M, micro-batches", ylabel="bubble, share of the total time", ylim=(0, 1))
-    axes.set_xticks([1, 2, 4, 8, 16, 32], ["1", "2", "4", "8", "16", "32"])
+    axes.set_xticks(sizes, [str(M) for M in sizes])
     axes.set_title("GPipe's bubble: dotted the formula, points measured")
     axes.legend()
     return figure
@@ -163,14 +181,21 @@ from course_utils.breakdown import describe
 print(describe(runs[8][0], gpipe(2, 8)))
 
 # %% [markdown]
-# Only the column *schedule* is the bubble of the formula. *Slow neighbour* is the price of unequal stages
-# ([lesson 02](02_cut_it.ipynb) balances them), and more micro-batches do not lower it. Nor are they free:
+# Only the column *schedule* is the bubble of the formula, as an estimate: the idle time that a simulation with equal stages has, divided by
+# the real step. A real step is longer, so the share may be below the formula's. *Slow neighbour* is what a simulation with the
+# measured stage times has besides, the price of unequal stages ([lesson 02](02_cut_it.ipynb) balances them); more micro-batches do not lower it.
+# *Sending* is measured: checking, copying and posting messages. *Rest* is what is left: messages under way, stages that take longer one time than another, the
+# executor. If the system takes the core from a process inside `F` or `B`, that time counts as *compute*.
+#
+# More micro-batches are not free either:
 
 # %%
 times = {M: median(step.makespan for step in steps) * 1000 for M, steps in runs.items()}
 print("milliseconds per step:", {M: round(time) for M, time in times.items()})
 best = min(times, key=times.get)
 print(f"The bubble is smallest at M={min(measured[2], key=measured[2].get)}, the step is fastest at M={best} here.")
+if best == 1:
+    print("This small model does not profit: more micro-batches cost more time than they save.")
 
 # %% [markdown]
 # Each micro-batch has a fixed price ([lesson 05](05_micro_batches.ipynb)). A smaller share of a longer step may be a loss.
@@ -178,8 +203,9 @@ print(f"The bubble is smallest at M={min(measured[2], key=measured[2].get)}, the
 # ## A mistake made on purpose
 # "How do I measure the bubble?" is a question that users ask again and again
 # ([Megatron-LM#691](https://github.com/NVIDIA/Megatron-LM/issues/691),
-# [zero-bubble#18](https://github.com/sail-sg/zero-bubble-pipeline-parallelism/issues/18)). Tools answer it with a table. The command-line tool pipenaut
-# printed 43 % for GPipe and 19 % for 1F1B, a schedule that you meet below, and did not say that $M$ differed. One way to get just these figures:
+# [zero-bubble#18](https://github.com/sail-sg/zero-bubble-pipeline-parallelism/issues/18)). Tools answer it with a table. The command-line tool
+# [pipenaut](https://pypi.org/project/pipenaut/) 0.1.7 gives 43 % for GPipe and 19 % for 1F1B, and does not say that it changes $M$. In
+# *1F1B* (one forward, one backward) a stage begins each backward as soon as it can, and takes turns from then on; the last section draws it. One way to get just these figures:
 
 # %% tags=["mistake", "nbval-check-output", "claim:wrong-base"]
 from course_utils.schedules import one_f_one_b
@@ -201,7 +227,17 @@ for M in (4, 16):
     assert steps["GPipe"].bubble_of_total == steps["1F1B"].bubble_of_total
 
 # %% [markdown]
-# At equal $M$ the two bubbles are equal. What 1F1B saves is something else, and to see it you have to count.
+# At equal $M$, with equal stages and free messages, the two bubbles are equal. Without one of these they are not. Look which schedule is the faster:
+
+# %% tags=["nbval-check-output", "claim:apart"]
+for costs in ({"backward": 2, "transfer": 1}, {"forward": [1, 1, 2, 1], "backward": [2, 2, 4, 2]}):
+    spans = {name: simulate(f(4, 8), **costs).makespan for name, f in {"GPipe": gpipe, "1F1B": one_f_one_b}.items()}
+    print(costs, spans)
+    assert spans["GPipe"] != spans["1F1B"]
+
+# %% [markdown]
+# GPipe is faster where messages take time: 1F1B has fewer micro-batches under way and waits more often. With these unequal stages 1F1B is. What it
+# saves always is something else, and to see it you have to count.
 
 # %% [markdown] tags=["stub"]
 # ## Write it first
@@ -265,7 +301,7 @@ from course_utils.charts import draw_prediction
 show(draw_prediction(growth), says=describe_prediction(growth))
 
 # %% [markdown]
-# To the byte: the schedule predicts the memory. (All numbers here have six digits, so all micro-batches have one shape.) If you cut
+# To the byte: the schedule predicts the memory. If you cut
 # one mini-batch of a fixed size into more pieces instead, each piece shrinks and the stash stays about the same: then it is the mini-batch that is limited.
 #
 # ## Keep less, compute again
@@ -286,8 +322,8 @@ for rank, (before, after) in enumerate(zip(stash[8], saved, strict=True)):
     assert after < before / 4
 
 # %% [markdown]
-# One graph at a time is left, and on stage 1 the inputs of all micro-batches; stage 0 receives nothing but token ids. The price is time: a third forward for each
-# forward and backward. If a backward takes twice as long as a forward, how much longer does a step take?
+# One graph at a time is left, and on stage 1 the inputs of all micro-batches; stage 0 receives nothing but token ids. The price is time: one more forward per
+# micro-batch, a third of $F+B$ if $B$ takes twice as long as $F$. How many times as long does a step take then?
 
 # %%
 price = predict("step time with re-materialisation", K=2, M=8, unit="times that without", value=None)  # for example 1.5
@@ -302,7 +338,7 @@ price = price.settle(measured=always / never, formula=expected[1] / expected[0])
 show(draw_prediction(price), says=describe_prediction(price))
 
 # %% [markdown]
-# The formula's value is below $4/3$, because the first recomputation of a stage fills a part of its wait. torchgpipe (2020) reports about 25 % for its models. Does it change
+# The formula's value is below $4/3$, because the first recomputation of stage 0 fills a part of its wait. torchgpipe (2020) reports about 25 % for its models. Does it change
 # what is computed? Dropout is on, at 0.1, and draws random masks:
 
 # %% tags=["fingerprint", "claim:same-bits"]
@@ -317,7 +353,8 @@ assert len(set(strings.values())) == 1
 
 # %% [markdown]
 # The masks come from a generator that is seeded by step, micro-batch and block, so the second forward draws the same ones. With
-# the global generator it would draw others, and the gradients would belong to another forward.
+# the global generator it would draw others, and the gradients would belong to another forward, unless its state is restored, as
+# `torch.utils.checkpoint` does.
 #
 # ## What GPipe measured
 # Table 2 of the paper has the throughput of a Transformer with 48 layers, relative to $K=2$, $M=1$. If all stages were equal and messages free it would be
@@ -330,13 +367,14 @@ print("        formula  Transformer-48  AmoebaNet-D")
 for M in transformer:
     for K, *published in zip((2, 4, 8), transformer[M], amoebanet[M], strict=True):
         formula = K * M / (M + K - 1)
-        mark = "above" if published[0] > formula else ""
-        print(f"M={M:<2} K={K}  {formula:.2f}  {published[0]:>8.2f} {mark:6}{published[1]:>9.2f}")
+        marked = [f"{value:.2f} {'above' * (value > formula):5}" for value in published]
+        print(f"M={M:<2} K={K}{formula:7.2f}  {marked[0]:>14}  {marked[1]:>11}".rstrip())
         assert M != 4 or published[0] > formula
 
 # %% [markdown]
-# No schedule of this kind can beat the formula at an equal batch, and the Transformer does with $M=4$ throughout (and with $M=1$ from $K=4$ on). The table's caption has the reason: the batch
-# size was adjusted to fit memory. More stages can leave room for a larger batch, and larger products run faster. So the table shows a shape, not
+# No schedule with one stage per rank and one flush per step (the pipeline runs empty at its end) can beat the formula at an equal batch. The
+# Transformer does with $M=4$ throughout, and both models do with $M=1$ from $K=4$ on. The table's caption has the reason: the batch
+# size was adjusted to fit memory. More stages can leave room for a larger batch, and larger matrix products run faster. So the table shows a shape, not
 # a bubble. AmoebaNet-D, whose layers are unequal, stays far below with $M=32$: that is the column *slow neighbour*.
 #
 # ## A look ahead: one forward, one backward
@@ -370,26 +408,28 @@ axes = ("M", "MiB of stash", "Eight rows per micro-batch")
 show(draw_lines(kept, *axes), says=describe_lines(kept, *axes))
 
 # %% [markdown]
-# GPipe's line rises with $M$, that of 1F1B is level: the bubble can be made small without paying in memory.
+# GPipe's line rises with $M$, that of 1F1B is level: more micro-batches make the bubble small, and stage 0 still keeps only $K$ of them.
 
 # %% [markdown] tags=["summary"]
 # ## What you know now
 # - GPipe's bubble is $(K-1)/(M+K-1)$ of the total time, which is $(K-1)/M$ of the ideal time. <!-- shown: formula -->
 # - Measured, it is at least $(K-1)/K$ with one micro-batch, and more micro-batches lower it. <!-- shown: sweep -->
 # - Figures with another $M$ and another base make 1F1B look better than it is. <!-- shown: wrong-base -->
-# - At equal $M$, 1F1B and GPipe have one bubble. <!-- shown: same-bubble -->
+# - At equal $M$, with equal stages and free messages, 1F1B and GPipe have one bubble. <!-- shown: same-bubble -->
+# - Messages that take time, or unequal stages, tell them apart. <!-- shown: apart -->
 # - GPipe keeps $M$ micro-batches on every stage. <!-- shown: counts -->
 # - The schedule predicts the stash to the byte, and it grows with $M$. <!-- shown: bytes -->
 # - Re-materialisation keeps less than a quarter of it here. <!-- shown: remat-bytes -->
 # - It changes no bit, with dropout on. <!-- shown: same-bits -->
 # - GPipe's own table lies above the formula at $M=4$: its batches differ. <!-- shown: table-2 -->
-# - 1F1B: the same makespan and bubble, a stash of $\min(M, K-k)$. <!-- shown: 1f1b -->
+# - 1F1B, with equal stages and free messages: the same makespan and bubble, a stash of $\min(M, K-k)$. <!-- shown: 1f1b -->
 # - Its bytes do not grow with $M$. <!-- shown: 1f1b-bytes -->
 #
 # **Kept for later:** `bubble_of_total`, `bubble_of_ideal` in `course_utils/timeline.py`; `peak_stash` in `simulation.py`; `measure_memory`,
 # `predict_stash` in `memory.py`; `rematerialise`, `one_f_one_b` in `schedules.py`; `describe` in `breakdown.py`.
 #
-# **Practise:** with stages that take 1, 1, 2, 1 forward and twice that backward, simulate $K=4$, $M=8$. Which $M$ brings the bubble below 30 %? Is there one?
+# **Practise:** with stages that take 1, 1, 2, 1 forward and twice that backward, simulate $K=4$, $M=8$. Which $M$ brings the bubble
+# below 30 % of the total time? Is there one?
 #
 # **Next:** [11 · Train it all](11_train_it_all.ipynb).
 
@@ -407,6 +447,15 @@ show(draw_lines(kept, *axes), says=describe_lines(kept, *axes))
 # 3. It lowers the part that the schedule costs. The others still wait for the slow stage at every micro-batch.
 # 4. When the memory that it frees allows a larger mini-batch or more micro-batches, or a model that would not fit at all.
 #
+# To practise: no $M$ does.
+
+# %% tags=["answers", "nbval-check-output"]
+for M in (8, 64, 512):
+    step = simulate(gpipe(4, M), forward=[1, 1, 2, 1], backward=[2, 2, 4, 2])
+    print(f"M={M}: {step.bubble_of_total:.1%} of the total time")
+print(f"three stages work half of the time, so the limit is {3 * (1 - 1 / 2) / 4:.1%}")
+
+# %% [markdown] tags=["answers"]
 # The function that you were asked to write:
 
 
