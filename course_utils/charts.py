@@ -47,9 +47,9 @@ def draw_bars(values: Mapping[str, float], unit: str, title: str = "") -> Figure
 
 
 def describe_bars(values: Mapping[str, float], unit: str, title: str = "") -> str:
-    """`Bytes per block, in bytes: head 2064, ...`"""
-    named = ", ".join(f"{name} {in_figures(value)}" for name, value in values.items())
-    return f"{title or 'Bars'}, in {unit}: {named}."
+    """`Weights of each block (bytes). head: 2,064; ...`"""
+    named = "; ".join(f"{name}: {in_figures(value)}" for name, value in values.items())
+    return f"{title or 'Bars'} ({unit}). {named}."
 
 
 def draw_lines(
@@ -99,7 +99,7 @@ def describe_lines(series: Mapping[str, Mapping[float, float]], x: str, y: str, 
     for name, points in series.items():
         first, last = min(points), max(points)
         parts.append(
-            f"{name}: {in_figures(points[first])} at {x} {first:g}, {in_figures(points[last])} at {x} {last:g}"
+            f"{name}: {in_figures(points[first])} at {x} {in_figures(first)}, {in_figures(points[last])} at {x} {in_figures(last)}"
         )
     return f"{title or 'Lines'}, {y} over {x}. {'; '.join(parts)}."
 

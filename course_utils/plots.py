@@ -55,7 +55,7 @@ def show(figure: Figure, says: str) -> None:
     """
     if not says.strip():
         raise ValueError("says is empty; give the sentence that a reader needs who cannot see the picture")
-    print(textwrap.fill(says, LINE))  # JupyterLab would break long lines inside words
+    print(textwrap.fill(says, LINE, break_on_hyphens=False))  # JupyterLab would break long lines inside words
     if not InteractiveShell.initialized():
         return  # a script or a test: nobody can look at pictures
     if figure.get_layout_engine() is None:

@@ -86,7 +86,7 @@ def test_the_picture_marks_the_readers_own_bar():
 
 
 def test_bars_and_lines_say_what_they_show():
-    assert describe_bars({"a": 1, "b": 2}, "bytes", "Weights") == "Weights, in bytes: a 1, b 2."
+    assert describe_bars({"a": 1, "b": 2}, "bytes", "Weights") == "Weights (bytes). a: 1; b: 2."
     series = {"measured": {1: 0.5, 8: 0.125}, "formula": {1: 0.5, 8: 1 / 9}}
     assert describe_lines(series, "M", "bubble").endswith("formula: 0.5 at M 1, 0.111 at M 8.")
     axes = draw_lines(series, "M", "bubble", log_x=True, log_y=True).axes[0]
@@ -110,7 +110,7 @@ def test_the_map_marks_one_lesson(capsys):
 
 
 def test_numbers_on_pictures_have_no_exponents():
-    assert describe_bars({"a": 2370.4, "b": 0.27272}, "kB") == "Bars, in kB: a 2,370, b 0.273."
+    assert describe_bars({"a": 2370.4, "b": 0.27272}, "kB") == "Bars (kB). a: 2,370; b: 0.273."
     axes = draw_lines({"a": {4: 40.0, 4**11: 5000.0}}, "bytes", "µs", log_x=True, log_y=True).axes[0]
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["4", "4.19M"]
     axes.figure.draw_without_rendering()
