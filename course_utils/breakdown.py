@@ -7,9 +7,11 @@ up to K * T, for a recorded step as for a simulated or an emulated one.
 import math
 import statistics
 import sys
+import textwrap
 from dataclasses import dataclass
 from itertools import chain
 
+from course_utils.plots import LINE
 from course_utils.schedules import Action, Schedule
 from course_utils.simulation import simulate
 from course_utils.timeline import COMPUTE, Timeline
@@ -179,11 +181,14 @@ def describe(timeline: Timeline, schedule: Schedule) -> str:
         )
     else:
         stages = f"No stage is much slower than the mean, which is {mean:.4g} {timeline.unit} for a micro-batch."
-    lines = [
+    sentences = (
         f"The step took {timeline.makespan:.4g} {timeline.unit} ({timeline.label}): {total.compute / all_time:.1%} of "
         f"the ranks' time was useful work{recomputation}, and {timeline.bubble_of_total:.1%} of the total time is "
         f"bubble (GPipe's convention; Megatron-LM's: {timeline.bubble_of_ideal:.1%} of the ideal time){because}. "
-        f"{stages}",
+        f"{stages}"
+    )
+    lines = [
+        textwrap.fill(sentences, LINE, break_on_hyphens=False),
         "",
         "share of the time" + "".join(f"  {name:>6}" for name in PARTS.values()),
     ]

@@ -97,10 +97,8 @@ def describe_lines(series: Mapping[str, Mapping[float, float]], x: str, y: str, 
     """Each line in words: where it begins and where it ends."""
     parts = []
     for name, points in series.items():
-        first, last = min(points), max(points)
-        parts.append(
-            f"{name}: {in_figures(points[first])} at {x} {in_figures(first)}, {in_figures(points[last])} at {x} {in_figures(last)}"
-        )
+        ends = [f"{in_figures(points[place])} at {x} {in_figures(place)}" for place in (min(points), max(points))]
+        parts.append(f"{name}: {', '.join(ends)}")
     return f"{title or 'Lines'}, {y} over {x}. {'; '.join(parts)}."
 
 

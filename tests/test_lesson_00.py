@@ -111,6 +111,6 @@ CASES = [
 @pytest.mark.parametrize("name, sentence, answer", CASES, ids=[f"{name} {sentence}" for name, sentence, _ in CASES])
 def test_an_answer_gets_its_sentence(name, sentence, answer, capsys):
     check(name, answer)
-    said = capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
     assert sentence in said
     assert said.startswith(f"{name}: right.") == (sentence == "right")

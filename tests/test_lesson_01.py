@@ -50,6 +50,6 @@ ANSWERS = {
 @pytest.mark.parametrize("sentence, answer", ANSWERS.items(), ids=list(ANSWERS))
 def test_an_answer_gets_its_sentence(sentence, answer, capsys):
     check("01.target_mask", answer)
-    said = capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
     assert sentence in said
     assert said.startswith("01.target_mask: right.") == (sentence == "right")

@@ -95,7 +95,7 @@ def viewed(carry: tuple) -> tuple:
 
 def said(capsys: pytest.CaptureFixture, answer: Callable) -> str:
     check("02.step_in_two_stages", answer)
-    return capsys.readouterr().out
+    return " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("result", [lambda loss: loss.detach(), lambda loss: loss], ids=["detached", "with its graph"])

@@ -98,7 +98,7 @@ def misspelt(worker, mine, peer):
 
 def said(capsys: pytest.CaptureFixture, answer: Callable) -> str:
     check("03.exchange", answer)
-    return capsys.readouterr().out
+    return " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("answer", [links.exchange, lower_rank_first])

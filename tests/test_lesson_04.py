@@ -75,7 +75,7 @@ def for_two_stages(worker, stage, cut, micro_batches, num_tokens):
 
 def said(capsys: pytest.CaptureFixture, answer: Callable) -> str:
     check("04.naive_step", answer)
-    return capsys.readouterr().out
+    return " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("answer", [make(), with_the_package], ids=["written out", "with the package"])

@@ -63,7 +63,7 @@ def unwritten(model, micro_batches):
 
 def said(capsys: pytest.CaptureFixture, answer: Callable) -> str:
     check("05.accumulate", answer)
-    return capsys.readouterr().out
+    return " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(

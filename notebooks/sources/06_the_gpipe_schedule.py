@@ -248,7 +248,7 @@ def run_to_the_end(schedule, send=begin_send):
     try:
         return fingerprint(run_in_threads(one_step, 2, schedule, send))
     except Deadlock as error:
-        raise Deadlock(re.sub(r" since [0-9.]+ s| \(for [0-9.]+ s\)", "", str(error))) from None
+        raise Deadlock(re.sub(r" \(for [0-9.]+ s\)", "", str(error))) from None
 
 
 # %% tags=["raises-exception", "nbval-check-output", "claim:deadlock"]
