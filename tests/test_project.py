@@ -180,10 +180,10 @@ def test_the_table_shows_each_lesson(monkeypatch, tmp_path):
     monkeypatch.setattr(run, "RESULTS", tmp_path)
     cases = "".join(
         f'<testcase classname="notebooks.{name}.ipynb" name="Cell {i}" time="{time}" />'
-        for name, time in [("02_cut", 10), ("11_all", 100)]
+        for name, time in [("02_cut", 10), ("11_all", 150)]
         for i in range(2)
     )
     (tmp_path / "lessons.xml").write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
     step = run.plan("test", NOTEBOOKS)[-1]
     rows = [text for text, _ in run.table("test", [(step, 0, 110.0)])]
-    assert re.search(r"02_cut +20\.0 +45 +ok$", rows[2]) and re.search(r"11_all +200\.0 +150 +ok, 1\.3 times", rows[3])
+    assert re.search(r"02_cut +20\.0 +45 +ok$", rows[2]) and re.search(r"11_all +300\.0 +240 +ok, 1\.2 times", rows[3])
