@@ -40,7 +40,7 @@ CONSTRAINTS = os.environ.get("COURSE_CONSTRAINTS", "constraints.txt")
 COMMANDS = {  # name: (what it does, whether it needs the [test] extra, what Python then runs)
     "lab": ("copy the lessons to my_work/ and open them in JupyterLab", False, ["-m", "course_utils.workspace"]),
     "test": ("run all checks, tests and notebooks (--smoke: a few)", True, [str(ROOT / "tests/run.py"), "test"]),
-    "check": ("run the quick ones of them, in under two minutes", True, [str(ROOT / "tests/run.py"), "check"]),
+    "check": ("run the quick ones of them, in two to three minutes", True, [str(ROOT / "tests/run.py"), "check"]),
     "train": ("train the Transformer over several stages", False, ["-m", "course_utils.commands", "train"]),
     "fingerprint": ("compare all ways to train, bit by bit", False, ["-m", "course_utils.commands", "fingerprint"]),
     "build": ("build notebooks from their texts, for example: build 11", True, ["-m", "course_utils.authoring"]),

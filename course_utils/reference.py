@@ -55,9 +55,9 @@ def runs(config: TrainingConfig, even: bool) -> Iterator[tuple[str, Run]]:
             yield f"torch's engine K={stages} {name}", lambda cut=cut: train(cut, engine=TorchPipeline)  # type: ignore[misc]
 
 
-def column(name: str) -> dict[str, str]:
+def column(name: str, steps: int = STEPS) -> dict[str, str]:
     """{row: fingerprint} of one column of the table."""
-    config = COLUMNS[name]
+    config = replace(COLUMNS[name], steps=steps)
     return {row: run().fingerprint for row, run in runs(config, even=name in EVEN)}
 
 
