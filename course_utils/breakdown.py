@@ -7,11 +7,10 @@ up to K * T, for a recorded step as for a simulated or an emulated one.
 import math
 import statistics
 import sys
-import textwrap
 from dataclasses import dataclass
 from itertools import chain
 
-from course_utils.plots import LINE
+from course_utils._lines import in_lines
 from course_utils.schedules import Action, Schedule
 from course_utils.simulation import simulate
 from course_utils.timeline import COMPUTE, Timeline
@@ -188,7 +187,7 @@ def describe(timeline: Timeline, schedule: Schedule) -> str:
         f"{stages}"
     )
     lines = [
-        textwrap.fill(sentences, LINE, break_on_hyphens=False),
+        in_lines(sentences),
         "",
         "share of the time" + "".join(f"  {name:>6}" for name in PARTS.values()),
     ]

@@ -7,7 +7,6 @@ import base64
 import html
 import io
 import math
-import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from course_utils._lines import in_lines
 from course_utils.timeline import COMPUTE, KINDS, Interval, Timeline
 
 DPI = 96
@@ -37,7 +37,6 @@ EDGE, IDLE = "#404040", "#eeeeee"
 LANE = 0.8  # of the distance between two lanes is filled
 MANY = 5000  # intervals that are drawn one by one at most
 COLUMNS = 160  # in which the shares of the time are shown if there are more
-LINE = 100  # characters
 PIXELS = 650  # about so many the axes are wide
 
 
@@ -55,7 +54,7 @@ def show(figure: Figure, says: str) -> None:
     """
     if not says.strip():
         raise ValueError("says is empty; give the sentence that a reader needs who cannot see the picture")
-    print(textwrap.fill(says, LINE, break_on_hyphens=False))  # JupyterLab would break long lines inside words
+    print(in_lines(says))
     if not InteractiveShell.initialized():
         return  # a script or a test: nobody can look at pictures
     if figure.get_layout_engine() is None:

@@ -7,7 +7,6 @@ yours became better over the course.
 import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from course_utils.workspace import MY_WORK, write_atomically
@@ -83,10 +82,10 @@ def keep(guess: Prediction) -> None:
         print(f"Your prediction is not kept for lesson 12: {error}")
 
 
-def read(file: Path | None = None) -> dict[str, dict[str, Any]]:
+def read() -> dict[str, dict[str, Any]]:
     """{name: fields} of all predictions that were kept; empty if there are none or the file is damaged."""
     try:
-        kept = json.loads((file or FILE).read_text("utf-8"))
+        kept = json.loads(FILE.read_text("utf-8"))
     except (OSError, ValueError):
         return {}
     return kept if isinstance(kept, dict) else {}

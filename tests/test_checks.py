@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from course_utils.checks import check, task
+from course_utils.checks import task
 from course_utils.checks.report import TookTooLong, Wrong, expect, expect_close, is_unwritten, time_limit
+from tests.answers import said
 
 COURSE = Path(__file__).resolve().parents[1]
 
@@ -29,13 +30,8 @@ def a_lesson(monkeypatch):
     monkeypatch.setitem(sys.modules, module.__name__, module)
 
 
-def said(answer, capsys, **options):
-    check("99.double", answer, **options)
-    return " ".join(capsys.readouterr().out.split())  # as one line
-
-
 def test_a_right_answer(capsys):
-    assert said(lambda x: x + x, capsys) == "99.double: right. A tensor was doubled."
+    assert said(capsys, "99.double", lambda x: x + x) == "99.double: right. A tensor was doubled."
 
 
 def unwritten_dots(x):
@@ -53,7 +49,7 @@ def unwritten_raise(x):
 
 @pytest.mark.parametrize("answer", [unwritten_dots, unwritten_pass, unwritten_raise])
 def test_an_answer_that_is_not_written(answer, capsys):
-    assert said(answer, capsys).startswith("99.double: not written yet.")
+    assert said(capsys, "99.double", answer).startswith("99.double: not written yet.")
 
 
 def test_what_does_something_is_written():
@@ -79,12 +75,12 @@ def raises_key_error(x):
     ],
 )
 def test_an_answer_that_is_not_right(answer, sentence, capsys):
-    out = said(answer, capsys)
+    out = said(capsys, "99.double", answer)
     assert out.startswith("99.double: not right yet.") and sentence in out
 
 
 def test_the_line_of_the_answer_is_shown(capsys):
-    assert """of the cell: `return {}["seven"]`""" in said(raises_key_error, capsys)
+    assert """of the cell: `return {}["seven"]`""" in said(capsys, "99.double", raises_key_error)
 
 
 def test_an_endless_answer_is_ended(capsys):
@@ -93,7 +89,7 @@ def test_an_endless_answer_is_ended(capsys):
             with contextlib.suppress(Exception):
                 time.sleep(0.001)
 
-    assert "still running after 0.2 s" in said(endless, capsys, limit=0.2)
+    assert "still running after 0.2 s" in said(capsys, "99.double", endless, limit=0.2)
     time.sleep(0.3)  # nothing comes afterwards
 
 

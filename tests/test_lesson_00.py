@@ -2,7 +2,7 @@
 
 import pytest
 
-from course_utils.checks import check
+from tests.answers import said
 
 
 def right_step(w, gradient, learning_rate):
@@ -110,7 +110,6 @@ CASES = [
 
 @pytest.mark.parametrize("name, sentence, answer", CASES, ids=[f"{name} {sentence}" for name, sentence, _ in CASES])
 def test_an_answer_gets_its_sentence(name, sentence, answer, capsys):
-    check(name, answer)
-    said = " ".join(capsys.readouterr().out.split())
-    assert sentence in said
-    assert said.startswith(f"{name}: right.") == (sentence == "right")
+    text = said(capsys, name, answer)
+    assert sentence in text
+    assert text.startswith(f"{name}: right.") == (sentence == "right")

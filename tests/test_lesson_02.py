@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from course_utils.checks import check
 from course_utils.pipeline import sum_over_tokens
+from tests.answers import said
 
 
 def receive(carry: tuple) -> tuple:
@@ -93,14 +93,9 @@ def viewed(carry: tuple) -> tuple:
     return tuple(None if leaf is None else leaf.view_as(leaf) for leaf in viewed.leaves)
 
 
-def said(capsys: pytest.CaptureFixture, answer: Callable) -> str:
-    check("02.step_in_two_stages", answer)
-    return " ".join(capsys.readouterr().out.split())
-
-
 @pytest.mark.parametrize("result", [lambda loss: loss.detach(), lambda loss: loss], ids=["detached", "with its graph"])
 def test_the_answer_is_accepted(capsys, result):
-    assert said(capsys, make(result=result)).startswith(
+    assert said(capsys, "02.step_in_two_stages", make(result=result)).startswith(
         "02.step_in_two_stages: right. Three kinds of borders, and every gradient has the bits of one device."
     )
 
@@ -130,6 +125,6 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_answer_is_told_what_is_wrong(capsys, name):
     answer, sentence = WRONG[name]
-    text = said(capsys, answer)
+    text = said(capsys, "02.step_in_two_stages", answer)
     assert sentence in text
     assert ": right." not in text

@@ -1,12 +1,10 @@
 """What the check of lesson 03 says to right and wrong answers."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
 from course_utils import links
-from course_utils.checks import check
+from tests.answers import said
 
 
 def lower_rank_first(worker, mine, peer):
@@ -96,14 +94,9 @@ def misspelt(worker, mine, peer):
     return worker.transport.send(mine, peer)
 
 
-def said(capsys: pytest.CaptureFixture, answer: Callable) -> str:
-    check("03.exchange", answer)
-    return " ".join(capsys.readouterr().out.split())
-
-
 @pytest.mark.parametrize("answer", [links.exchange, lower_rank_first])
 def test_an_answer_is_accepted(capsys, answer):
-    assert said(capsys, answer).startswith("03.exchange: right. Two ranks swapped tensors")
+    assert said(capsys, "03.exchange", answer).startswith("03.exchange: right. Two ranks swapped tensors")
 
 
 WRONG = {
@@ -126,6 +119,6 @@ WRONG = {
 
 @pytest.mark.parametrize("answer", WRONG, ids=lambda answer: answer.__name__)
 def test_a_wrong_answer_is_told_what_is_wrong(capsys, answer):
-    text = said(capsys, answer)
+    text = said(capsys, "03.exchange", answer)
     assert WRONG[answer] in text
     assert ": right." not in text

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from course_utils.checks import check
 from course_utils.links import present, receive_carry, send_carry
 from course_utils.pipeline import Pipeline, sum_over_tokens
 from course_utils.schedules import naive
+from tests.answers import said
 
 
 def make(
@@ -73,15 +73,10 @@ def for_two_stages(worker, stage, cut, micro_batches, num_tokens):
     return make()(worker, stage, cut, micro_batches, num_tokens) if worker.rank != 1 else {}
 
 
-def said(capsys: pytest.CaptureFixture, answer: Callable) -> str:
-    check("04.naive_step", answer)
-    return " ".join(capsys.readouterr().out.split())
-
-
 @pytest.mark.parametrize("answer", [make(), with_the_package], ids=["written out", "with the package"])
 def test_an_answer_is_accepted(capsys, answer):
     expected = "04.naive_step: right. 3 stages, 2 micro-batches: the bits of one device."
-    assert said(capsys, answer).strip() == expected
+    assert said(capsys, "04.naive_step", answer).strip() == expected
 
 
 def own_mean(logits, micro_batch, num_tokens):
@@ -119,6 +114,6 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_answer_is_told_what_is_wrong(capsys, name):
     answer, sentence = WRONG[name]
-    text = said(capsys, answer)
+    text = said(capsys, "04.naive_step", answer)
     assert sentence in text
     assert ": right." not in text

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from course_utils.checks import check
 from course_utils.pipeline import sum_over_tokens
+from tests.answers import said
 
 
 def make(
@@ -61,11 +61,6 @@ def unwritten(model, micro_batches):
     ...  # your turn
 
 
-def said(capsys: pytest.CaptureFixture, answer: Callable) -> str:
-    check("05.accumulate", answer)
-    return " ".join(capsys.readouterr().out.split())
-
-
 @pytest.mark.parametrize(
     "result",
     [
@@ -77,15 +72,15 @@ def said(capsys: pytest.CaptureFixture, answer: Callable) -> str:
     ids=["list", "dict", "floats", "tensor"],
 )
 def test_the_answer_is_accepted(capsys, result):
-    assert said(capsys, make(result=result)).startswith("05.accumulate: right. Four ragged pieces;")
+    assert said(capsys, "05.accumulate", make(result=result)).startswith("05.accumulate: right. Four ragged pieces;")
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("result", [lambda losses: losses, torch.stack], ids=["list", "tensor"])
 def test_losses_that_hold_their_graphs_are_accepted_and_mentioned(capsys, result):
-    text = said(capsys, make(detach=False, result=result))
+    text = said(capsys, "05.accumulate", make(detach=False, result=result))
     assert text.startswith("05.accumulate: right. ") and "still hold on to their graphs" in text
-    assert "graphs" not in said(capsys, make(result=result))
+    assert "graphs" not in said(capsys, "05.accumulate", make(result=result))
 
 
 def divided_by_places(model, micro_batches):
@@ -115,6 +110,6 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_answer_is_told_what_is_wrong(capsys, name):
     answer, sentence = WRONG[name]
-    text = said(capsys, answer)
+    text = said(capsys, "05.accumulate", answer)
     assert sentence in text
     assert ": right." not in text

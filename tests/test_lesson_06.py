@@ -3,8 +3,8 @@
 import pytest
 
 from course_utils import schedules
-from course_utils.checks import check
 from course_utils.schedules import Action, one_stage_per_rank
+from tests.answers import said
 
 
 def of_rows(row):
@@ -63,7 +63,6 @@ def vars_of(schedule):
 @pytest.mark.parametrize("name", ANSWERS)
 def test_the_check_says_what_an_answer_is(name, capsys):
     answer, sentence = ANSWERS[name]
-    check("06.gpipe", answer)
-    said = " ".join(capsys.readouterr().out.split())
-    assert sentence in said
-    assert (": right." in said) == (name == "right")
+    text = said(capsys, "06.gpipe", answer)
+    assert sentence in text
+    assert (": right." in text) == (name == "right")

@@ -2,8 +2,8 @@
 
 import pytest
 
-from course_utils.checks import check
 from course_utils.simulation import peak_stash
+from tests.answers import said
 
 
 def running(row):
@@ -51,7 +51,6 @@ ANSWERS = {
 @pytest.mark.parametrize("name", ANSWERS)
 def test_the_check_says_what_an_answer_is(name, capsys):
     answer, sentence = ANSWERS[name]
-    check("07.count_stash", answer)
-    said = " ".join(capsys.readouterr().out.split())
-    assert sentence in said
-    assert (": right." in said) == (sentence.startswith("07.count_stash: right"))
+    text = said(capsys, "07.count_stash", answer)
+    assert sentence in text
+    assert (": right." in text) == (sentence.startswith("07.count_stash: right"))

@@ -3,6 +3,7 @@
 import ast
 import re
 import statistics
+from functools import cache
 from pathlib import Path
 
 import nbformat
@@ -36,13 +37,14 @@ each_lesson = pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.ste
 each_from_02 = pytest.mark.parametrize("path", FROM_02, ids=lambda path: path.stem)
 
 
+@cache
+def notebook(path):
+    return nbformat.read(path, as_version=4)
+
+
 def cells_of(path, kind="", tag=""):
     """The cells of a notebook, all or those of a kind and with a tag."""
-    return [
-        cell
-        for cell in nbformat.read(path, as_version=4).cells
-        if cell.cell_type.startswith(kind) and (not tag or tag in tags(cell))
-    ]
+    return [cell for cell in notebook(path).cells if cell.cell_type.startswith(kind) and (not tag or tag in tags(cell))]
 
 
 def tags(cell):
@@ -74,7 +76,7 @@ def glossary():
 
 @each_lesson
 def test_a_lesson_says_first_what_it_gives_and_what_it_takes(path):
-    opening = nbformat.read(path, as_version=4).cells[0]
+    opening = notebook(path).cells[0]
     title = course_map.lesson(path.name[:2]).title
     assert tags(opening) == ["opening"] and opening.source.startswith(f"# {path.name[:2]} · {title}\n")
     assert course_map.lesson(path.name[:2]).file == path.stem
@@ -87,7 +89,7 @@ def test_a_lesson_says_first_what_it_gives_and_what_it_takes(path):
 
 @each_lesson
 def test_a_lesson_shows_where_it_stands(path):
-    cell = nbformat.read(path, as_version=4).cells[1]
+    cell = notebook(path).cells[1]
     assert tags(cell) == ["where"]
     assert cell.source == f'from course_utils.course_map import where\n\nwhere("{path.name[:2]}")'
 
@@ -189,7 +191,7 @@ def test_a_picture_is_computed_in_a_cell_of_its_own(path):
 
 @each_lesson
 def test_there_is_a_sentence_under_every_picture(path):
-    cells = nbformat.read(path, as_version=4).cells
+    cells = notebook(path).cells
     for cell, after in zip(cells[2:], cells[3:], strict=False):
         shown = any("image/png" in output.get("data", {}) for output in cell.get("outputs", []))
         assert not shown or after.cell_type == "markdown", cell.source
@@ -223,7 +225,7 @@ def test_every_claim_of_the_summary_is_shown(path):
 
 @each_lesson
 def test_a_lesson_ends_with_what_is_kept_asked_and_cited(path):
-    cells = [cell for cell in nbformat.read(path, as_version=4).cells if "glossary" not in tags(cell)]
+    cells = [cell for cell in notebook(path).cells if "glossary" not in tags(cell)]
     text = "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
     order = ["## What you know now", "## Questions", "## Answers", "## References"]
     places = [text.index(f"\n{heading}\n") for heading in order]

@@ -6,12 +6,11 @@ Each lesson has a module here, and each of its tasks a function in it that takes
 
 import importlib
 import linecache
-import textwrap
 import traceback
 from collections.abc import Callable
 
+from course_utils._lines import in_lines
 from course_utils.checks.report import TookTooLong, Wrong, is_unwritten, time_limit
-from course_utils.plots import LINE
 
 LIMIT = 20.0  # seconds: generous, a check takes less than two
 
@@ -28,8 +27,7 @@ def check(name: str, answer: Callable, limit: float = LIMIT) -> None:
         ValueError: there is no such task. (Whatever the answer does is printed.)
     """
     examine = task(name)
-    said = f"{name}: {verdict(examine, answer, limit)}"
-    print(textwrap.fill(said, LINE, break_on_hyphens=False))  # JupyterLab would break long lines inside words
+    print(in_lines(f"{name}: {verdict(examine, answer, limit)}"))
 
 
 def task(name: str) -> Callable[[Callable], str]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from course_utils.checks.report import Wrong, expect, expect_close
+from course_utils.checks.report import Wrong, are_close, expect, expect_close
 from course_utils.number_words import Batch, collate
 from course_utils.pipeline import sum_over_tokens
 from course_utils.stages import CutModel, Stage, by_count, one_thread
@@ -81,16 +81,16 @@ def look_at_gradients(model: Stage, pieces: list[Batch]) -> None:
     right = gradients_of(pieces)
     if all(torch.equal(gradient, came[name]) for name, gradient in right.items()):
         return
-    if is_close(right, came):
+    if are_close(right, came):
         raise Wrong(
             "The gradients are right but for their last bits. Two things to look at: are the micro-batches taken in "
             "ascending order, and does each one's backward follow its own forward?"
         )
     for gradients, mistake in mistakes(pieces):
-        if is_close(gradients, came):
+        if are_close(gradients, came):
             raise Wrong(mistake)
     for factor, mistake in factors(pieces):
-        if is_close({name: factor * gradient for name, gradient in right.items()}, came):
+        if are_close({name: factor * gradient for name, gradient in right.items()}, came):
             raise Wrong(mistake)
     name = max(right, key=lambda name: (right[name] - came[name]).norm().item())
     expect_close(f"The gradient of {name}", right[name], came[name], 1e-6)
@@ -135,8 +135,3 @@ def factors(pieces: list[Batch]) -> list[tuple[float, str]]:
         (1 / M, f"All gradients are {M} times too small: the shares add up already, so nothing is to be divided by M."),
         (2, "All gradients are twice too large: was there a gradient in the model before, or are there two backwards?"),
     ]
-
-
-def is_close(expected: Gradients, came: Gradients) -> bool:
-    distance = torch.stack([(gradient - came[name]).norm() for name, gradient in expected.items()]).norm()
-    return bool(distance <= 1e-5 * torch.stack([gradient.norm() for gradient in expected.values()]).norm())

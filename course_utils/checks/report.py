@@ -5,7 +5,7 @@ import dis
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -104,6 +104,12 @@ def check_tensor(what: str, expected: torch.Tensor, came: Any) -> None:
         raise Wrong(f"{what}: expected the shape {tuple(expected.shape)}, came {tuple(came.shape)}.")
     if came.dtype != expected.dtype:
         raise Wrong(f"{what}: expected {expected.dtype}, came {came.dtype}.")
+
+
+def are_close(expected: Mapping[str, torch.Tensor], came: Mapping[str, torch.Tensor]) -> bool:
+    """Whether gradients differ, taken together, by no more than sums in another order do."""
+    distance = torch.stack([(gradient - came[name]).norm() for name, gradient in expected.items()]).norm()
+    return bool(distance <= 1e-5 * torch.stack([gradient.norm() for gradient in expected.values()]).norm())
 
 
 def first_difference(expected: torch.Tensor, came: torch.Tensor) -> str:
