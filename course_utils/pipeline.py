@@ -1,7 +1,8 @@
 """The executor of one rank: it holds some stages and runs its part of any valid schedule."""
 
+import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -36,6 +37,19 @@ def sum_over_tokens(logits: Tensor, micro_batch: Batch, num_tokens: int) -> Tens
     return losses / num_tokens
 
 
+def digest_of(micro_batches: Sequence[Batch]) -> str:
+    """12 hexadecimal digits that differ as soon as any token differs: all ranks must read the same data."""
+    data = hashlib.sha256()
+    for m in micro_batches:
+        for tokens in (m.source, m.target_input, m.target_output):
+            data.update(tokens.numpy(force=True).tobytes())
+    return data.hexdigest()[:12]
+
+
+def are_finite(tensors: Iterable[Tensor | None]) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors if tensor is not None)
+
+
 class Pipeline:
     """Forward and backward of a mini-batch, in the order that a schedule says.
 
@@ -51,6 +65,8 @@ class Pipeline:
     Attributes:
         timeline: what `step` records into, if it is not None: see `timeline.KINDS`; in seconds of time.perf_counter().
         peak_stash: the most micro-batches whose graphs were kept at once in the last step.
+        watches_values: whether `step` looks for where values cease to be finite, which takes time.
+        not_finite: what it has found, in words: the first action of this rank that made such values from finite ones.
     """
 
     def __init__(
@@ -83,6 +99,7 @@ class Pipeline:
         self.stash: dict[tuple[int, int], Tensors] = {}
         self.expected: Exchange | None = None  # of the next step, if `expect` has begun it
         self.timeline: Timeline | None = None
+        self.watches_values, self.not_finite = False, ""
 
     def plan(self, micro_batches: Sequence[Batch]) -> StepPlan:
         """What a step of these micro-batches sends: the same on every rank."""
@@ -90,8 +107,8 @@ class Pipeline:
             raise ValueError(
                 f"{len(micro_batches)} micro-batches were given; the schedule has {self.schedule.num_micro_batches}"
             )
-        geometries = [m.geometry for m in micro_batches]
-        return StepPlan(geometries, self.carry_after, self.schedule.num_stages, self.also, self.wire_dtype)
+        geometries, also = [m.geometry for m in micro_batches], f"{self.also}; data {digest_of(micro_batches)}"
+        return StepPlan(geometries, self.carry_after, self.schedule.num_stages, also, self.wire_dtype)
 
     def expect(self, plan: StepPlan) -> None:
         """Post the receives with which the next step begins, before the ranks have compared its plan.
@@ -132,6 +149,7 @@ class Pipeline:
         self.inputs, self.stash, self.peak_stash, self.loss_scale = {}, {}, 0, loss_scale
         self.handed_over: dict[Action, Tensors] = {}  # between two stages of this rank
         self.losses: dict[int, Tensor] = {}
+        self.not_finite, self.spoilt = "", set[tuple[int, int | None]]()
         self.exchange = self.expected or Exchange(self.transport, self.schedule, plan, self.posting, self.device)
         self.expected = None
         # One region of autocast round all forwards: it keeps the weights' copies of low precision until it ends. One
@@ -149,6 +167,8 @@ class Pipeline:
                     compute = self.forward if action.kind == "F" else self.recompute
                     result = compute(action, arrived, micro_batches[action.micro_batch], num_tokens, key)
                 self.note(action.kind, action, began)
+                if self.watches_values and not self.not_finite:
+                    self.look_at_values(action, arrived, result)
                 self.hand_on(action, result)
             began = time.perf_counter()
             self.exchange.finish()
@@ -164,6 +184,17 @@ class Pipeline:
         if self.timeline is not None:
             stage, micro_batch = action.stage, action.micro_batch
             self.timeline.add(self.transport.rank, kind, stage, micro_batch, began, time.perf_counter())
+
+    def look_at_values(self, action: Action, arrived: Tensors, result: Tensors) -> None:
+        """Whether this action made values that are not finite from ones that are. Its neighbours only hand them on."""
+        is_backward, stage, place = action.kind == "B", action.stage, (action.stage, action.micro_batch)
+        gradients = [p.grad for p in self.stages[stage].parameters()] if is_backward else []
+        if are_finite([*result, *gradients]):
+            return
+        known = place in self.spoilt or (is_backward and (stage, None) in self.spoilt)
+        self.spoilt |= {place, (stage, None)} if is_backward else {place}  # None: its gradients, for all that follow
+        if are_finite(arrived) and not known:
+            self.not_finite = f"{action.kind} of micro-batch {action.micro_batch} on stage {stage}"
 
     def take_in(self, action: Action) -> Tensors:
         """What the neighbour stage has made for this action: a message, or a hand-over on the same rank."""

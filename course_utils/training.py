@@ -22,8 +22,8 @@ from course_utils.stages import CutModel, one_thread
 from course_utils.threads import run_in_threads
 from course_utils.timeline import Timeline, merge
 from course_utils.training_state import Step, TrainingState, build_rank
-from course_utils.transfer import StepAgreement, agree
-from course_utils.transports import Worker
+from course_utils.transfer import Gathering, StepAgreement, agree, as_bytes
+from course_utils.transports import PeerLost, Transport, Worker
 
 
 @dataclass
@@ -72,6 +72,7 @@ def train_rank(
     pipeline, state = build_rank(worker.transport, config, cut, schedule, engine)
     if manifest is not None:
         state.resume(manifest)
+    pipeline.also += f"; {state.started_as()}"
     agreement = StepAgreement(worker.transport, len(state.place))
     numbers = numbers_of(config)
     timelines: dict[int, Timeline] = {}
@@ -99,6 +100,9 @@ def train_rank(
         step = state.update(norms, losses, num_tokens)
         if losses:
             worker.emit(step)
+        pipeline.watches_values = state.skipped_in_a_row > 0
+        if state.skipped_in_a_row == MOST_SKIPPED:
+            give_up(worker.transport, pipeline.not_finite)
         if checkpoints and (state.steps_done % save_every == 0 or state.steps_done == config.steps):
             report = checkpoints.save(worker.transport, state.to_save())
             if worker.rank == 0:
@@ -117,6 +121,27 @@ def train_rank(
         "weights": {name: parameter.detach() for name, parameter in state.named},
         "timelines": timelines,
     }
+
+
+MOST_SKIPPED = 20  # steps in a row, without a loss scale that could still be lowered
+
+
+def give_up(transport: Transport, not_finite: str) -> None:
+    """End a run that only skips steps, on all ranks alike. not_finite: what this rank knows of the cause.
+
+    Raises:
+        FloatingPointError: on the rank where it begins.
+        PeerLost: with the same text, on the others.
+    """
+    gathering = Gathering(transport, 200, "the place where values cease to be finite")
+    texts = [bytes(t.tolist()).decode().strip() for t in gathering.share(as_bytes(not_finite.encode().ljust(200)))]
+    origins = [rank for rank, text in enumerate(texts) if text] or list(range(len(texts)))
+    where = " and ".join(filter(None, texts)) or "no single place in the last step"
+    message = (
+        f"{MOST_SKIPPED} steps in a row were skipped, because gradients were not finite. "
+        f"Where values cease to be finite: {where}. Look at that stage's weights and data; a lower learning rate may help."
+    )
+    raise (FloatingPointError if transport.rank in origins else PeerLost)(message)
 
 
 def train(
@@ -146,7 +171,8 @@ def train(
         ScheduleError, ValueError: before anything starts.
         CheckpointError: a ValueError: before anything starts, if there is a checkpoint already and resume is False, or
             one that cannot be resumed.
-        StageError: if a stage fails, with that stage's traceback.
+        StageError: if a stage fails, with that stage's traceback; also if so many steps in a row are skipped that
+            waiting for a good one makes no sense: it says where values cease to be finite.
     """
     config, schedule = settle(config, schedule)
     manifest = manifest_to_resume(config, checkpoints, save_every, resume)

@@ -1,5 +1,6 @@
 """One rank between two steps: its weights, and all that decides how they change next."""
 
+import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -42,6 +43,7 @@ class TrainingState:
 
     def __init__(self, config: TrainingConfig, stages: Iterable[Stage], names: list[str]):
         self.config, self.steps_done, self.stages = config, 0, list(stages)
+        self.skipped_in_a_row = 0
         self.named = [pair for stage in self.stages for pair in stage.named_parameters_globally()]
         self.parameters: list[Tensor] = [parameter for _, parameter in self.named]
         self.place = {name: i for i, name in enumerate(names)}
@@ -51,6 +53,7 @@ class TrainingState:
         is_scaled = config.precision == "fp16" or config.loss_scale is not None
         self.scaler = LossScaler(config.loss_scale or DEFAULT_LOSS_SCALE, enabled=is_scaled)
         self.record = StageRecord()
+        self.origin = "weights drawn anew"
 
     def take_in(self, losses: dict[int, Tensor]) -> Tensor:
         """After the backwards: the norms of this rank's gradients, (number of parameters of the model,) float32."""
@@ -69,6 +72,8 @@ class TrainingState:
         if not skipped:
             self.optimizer.step()
             self.noam.step()
+        # With a loss scale above 1 a skip is how it finds its size.
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped and loss_scale <= 1 else 0
         self.scaler.update(skipped)
         self.steps_done += 1
         loss = sum(loss.item() for loss in losses.values())
@@ -94,6 +99,16 @@ class TrainingState:
         own = [name for name, _ in self.named] + [LOSSES for stage in self.stages if stage.is_last]
         self.record = StageRecord(manifest.record_of(own))
         self.steps_done = manifest.step
+        self.origin = f"weights of a checkpoint with {hashlib.sha256(manifest.to_json()).hexdigest()[:12]}"
+
+    def started_as(self) -> str:
+        """All that must be the same on every rank when a run begins or is resumed, in words, for `transfer.StepPlan`.
+
+        It says where the weights come from: two ranks with other seeds or other checkpoints would train two models.
+        """
+        config = {name: value for name, value in asdict(self.config).items() if name != "model"}
+        parts = [f"{name} {value}" for name, value in {**config, **asdict(self.config.model)}.items()]
+        return "; ".join([*parts, f"begins at step {self.steps_done}", self.origin, f"torch {torch.__version__}"])
 
     def dropout_key(self) -> tuple[int, int] | None:
         return (self.config.seed, self.steps_done) if self.config.model.dropout > 0 else None

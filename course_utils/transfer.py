@@ -72,7 +72,10 @@ class StepPlan:
     def __str__(self) -> str:
         pieces = [f"{rows} rows, {source} -> {target} tokens" for rows, source, target in self.geometries]
         borders = [
-            f"stage {stage} hands on " + " and ".join(map(describe, carries[0]))
+            f"stage {stage} hands on "
+            + " and ".join(
+                describe(s) + ("" if s is None or s.requires_grad else " without gradient") for s in carries[0]
+            )
             for stage, carries in enumerate(self.carries)
         ]
         wire = [f"sent as {str(self.wire_dtype).removeprefix('torch.')}"] if self.wire_dtype else []
@@ -201,15 +204,21 @@ def check_digests(transport: Transport, plan: StepPlan, digests: list[bytes]) ->
     if len(set(digests)) == 1:
         return
     own_text = as_bytes(str(plan).encode()[:PLAN_TEXT].ljust(PLAN_TEXT))
-    texts = Gathering(transport, PLAN_TEXT, "the text of the plan").share(own_text)
+    gathered = Gathering(transport, PLAN_TEXT, "the text of the plan").share(own_text)
+    texts = [text.numpy().tobytes().decode(errors="replace").strip() for text in gathered]
     lines = ["the ranks have different plans for the next step:"]
     for rank, (text, digest) in enumerate(zip(texts, digests, strict=True)):
-        shown = text.numpy().tobytes().decode(errors="replace").strip()
-        lines.append(f"  rank {rank}: {shown} (digest {digest.hex()[:8]})")
+        lines.append(f"  rank {rank}: {text[:SHOWN_TEXT]} (digest {digest.hex()[:8]})")
+    parts = [text.split("; ") for text in texts]
+    lines.append("they differ in this:")
+    for rank, own in enumerate(parts):
+        odd = [part for part in own if any(part not in other for other in parts)]
+        lines.append(f"  rank {rank}: {'; '.join(odd)[:SHOWN_TEXT] or 'something that this text does not show'}")
     raise PlanMismatch("\n".join(lines))
 
 
-PLAN_TEXT = 2000  # bytes of a plan's text that are shown
+PLAN_TEXT = 16_000  # bytes of a plan's text that are compared
+SHOWN_TEXT = 2000  # characters of it that are shown
 
 
 class StepAgreement:
