@@ -9,6 +9,7 @@ from course_utils.optimization import LossScaler, Noam
 from course_utils.precision import LOW_PRECISION, resolve
 from course_utils.schedules import POLICIES, SCHEDULES, Schedule, rematerialise
 from course_utils.stages import CutModel, by_count
+from course_utils.ties import check_groups
 from course_utils.transformer import EncoderLayer, TransformerConfig, block_builders
 from course_utils.validity import validate
 
@@ -36,6 +37,7 @@ class TrainingConfig:
     precision: str = "fp32"  # of matrix products: fp32, bf16, fp16, or auto, which measures
     loss_scale: float | None = None  # to begin with; None: 65536 for fp16, which needs one, and none for the others
     rematerialisation: str = "never"  # or always, except_last: forwards that are computed again instead of kept
+    tie: tuple[tuple[str, ...], ...] = ()  # groups of parameters that are one: see `ties`
     wire_dtype: str | None = None  # bf16 or fp16: what messages between stages are rounded to; None: nothing is rounded
 
     def __post_init__(self) -> None:
@@ -61,6 +63,7 @@ class TrainingConfig:
         if self.loss_scale is not None:
             LossScaler(self.loss_scale)  # refuses what is no scale
         by_count(len(block_builders(self.model)), self.stages)
+        check_groups(self.tie, self.cut)
         numbers = split_numbers(self.lowest, self.highest, self.training_numbers, self.held_out, self.seed)
         if self.batch_size > len(numbers.training):
             raise ValueError(

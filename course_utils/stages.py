@@ -255,6 +255,22 @@ class CutModel:
         """The names of the whole model's parameters, in model order."""
         return global_parameter_names(self.builders)
 
+    @cached_property
+    def parameter_shapes(self) -> dict[str, torch.Size]:
+        """{name: shape} of the whole model's parameters; nothing is allocated."""
+        pairs = ((builder, *item) for builder in self.builders for item in builder.parameter_shapes().items())
+        return {_global_name(builder, name): shape for builder, name, shape in pairs}
+
+    def stage_of(self, parameter_name: str) -> int:
+        """The stage that holds a parameter of the whole model."""
+        block = int(parameter_name.partition(".")[0])
+        return next(stage for stage, blocks in enumerate(self.partition) if block in blocks)
+
+    def draw_parameter(self, parameter_name: str, seed: int) -> torch.Tensor:
+        """The first weights of one parameter, as the stage that holds it draws them; its block exists for a moment."""
+        index, _, rest = parameter_name.split(".", 2)
+        return self.builders[int(index)].build(seed).get_parameter(rest).detach()
+
     def build(self, stage: int, seed: int, device: torch.device | str = "cpu") -> Stage:
         """One stage with its weights."""
         own = [self.builders[index] for index in self.partition[stage]]

@@ -81,7 +81,9 @@ def train_rank(
     plan = pipeline.plan(micro_batches)
     agree(worker.transport, plan)
     started = time.perf_counter()
+    state.ties.compare()
     while state.steps_done < config.steps:
+        state.ties.open()
         agreement.open()
         state.optimizer.zero_grad()
         if state.steps_done in recorded:
@@ -139,7 +141,8 @@ def give_up(transport: Transport, not_finite: str) -> None:
     where = " and ".join(filter(None, texts)) or "no single place in the last step"
     message = (
         f"{MOST_SKIPPED} steps in a row were skipped, because gradients were not finite. "
-        f"Where values cease to be finite: {where}. Look at that stage's weights and data; a lower learning rate may help."
+        f"Where values cease to be finite: {where}. "
+        "Look at that stage's weights and data; a lower learning rate may help."
     )
     raise (FloatingPointError if transport.rank in origins else PeerLost)(message)
 
@@ -247,7 +250,7 @@ def plain_loop(config: TrainingConfig) -> TrainingResult:
     config = with_precision(config)
     low_precision = LOW_PRECISION.get(config.precision)
     model = config.cut.build(0, config.seed)
-    state = TrainingState(config, [model], config.cut.parameter_names)
+    state = TrainingState(config, config.cut, [model])
     numbers = numbers_of(config)
     steps = []
     started = time.perf_counter()
@@ -255,6 +258,7 @@ def plain_loop(config: TrainingConfig) -> TrainingResult:
         micro_batches = micro_batches_of(config, numbers.training, state.steps_done)
         num_tokens = sum(m.num_tokens for m in micro_batches)
         state.optimizer.zero_grad()
+        state.ties.open()
         losses, key = {}, state.dropout_key()
         with autocast(low_precision):
             for m, micro_batch in enumerate(micro_batches):

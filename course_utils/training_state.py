@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TypeVar
 
@@ -17,6 +17,7 @@ from course_utils.precision import LOW_PRECISION
 from course_utils.recipes import TrainingConfig
 from course_utils.schedules import Schedule
 from course_utils.stages import CutModel, Stage
+from course_utils.ties import Ties
 from course_utils.transports import Transport
 
 
@@ -37,16 +38,29 @@ class TrainingState:
     """What changes from step to step on one rank: its weights, and all that decides how they change next.
 
     Args:
+        cut: the whole model.
         stages: those of this rank; there may be none.
-        names: of all parameters of the model, in model order.
+        transport: needed if other ranks have stages whose parameters are tied to some of this one.
+        rank_of_stage: likewise; all on this rank if it is not given.
     """
 
-    def __init__(self, config: TrainingConfig, stages: Iterable[Stage], names: list[str]):
+    def __init__(
+        self,
+        config: TrainingConfig,
+        cut: CutModel,
+        stages: Iterable[Stage],
+        transport: Transport | None = None,
+        rank_of_stage: Sequence[int] | None = None,
+    ):
         self.config, self.steps_done, self.stages = config, 0, list(stages)
         self.skipped_in_a_row = 0
         self.named = [pair for stage in self.stages for pair in stage.named_parameters_globally()]
         self.parameters: list[Tensor] = [parameter for _, parameter in self.named]
-        self.place = {name: i for i, name in enumerate(names)}
+        self.place = {name: i for i, name in enumerate(cut.parameter_names)}
+        rank_of_stage = rank_of_stage or [0] * cut.num_stages
+        rank_of = {name: rank_of_stage[cut.stage_of(name)] for group in config.tie for name in group}
+        self.ties = Ties(config.tie, rank_of, dict(self.named), transport)
+        self.ties.make_equal(cut, config.seed)
         # Adam with the settings of Vaswani et al. (2017), section 5.3
         self.optimizer = torch.optim.Adam([{"params": self.parameters}], lr=1.0, betas=(0.9, 0.98), eps=1e-9)
         self.noam = Noam(self.optimizer, config.model.d_model, config.warm_up, config.learning_rate_factor)
@@ -57,11 +71,12 @@ class TrainingState:
 
     def take_in(self, losses: dict[int, Tensor]) -> Tensor:
         """After the backwards: the norms of this rank's gradients, (number of parameters of the model,) float32."""
+        self.ties.add_up()
         self.scaler.unscale(self.parameters)
         self.record.add_losses(losses)
         if self.steps_done < self.config.recorded_steps:
             self.record.add_gradients(self.named)
-        own = ((self.place[name], parameter) for name, parameter in self.named)
+        own = ((self.place[name], parameter) for name, parameter in self.named if name not in self.ties.repeated)
         return gradient_norms(own, len(self.place))
 
     def update(self, norms: Tensor, losses: dict[int, Tensor], num_tokens: int) -> Step:
@@ -126,4 +141,4 @@ def build_rank(
     stages = {s: cut.build(s, config.seed) for s in schedule.stages_of(transport.rank)}
     low_precision, wire_dtype = (LOW_PRECISION.get(name or "") for name in (config.precision, config.wire_dtype))
     pipeline = engine(stages, schedule, transport, cut.carry_after, low_precision=low_precision, wire_dtype=wire_dtype)
-    return pipeline, TrainingState(config, stages.values(), cut.parameter_names)
+    return pipeline, TrainingState(config, cut, stages.values(), transport, schedule.rank_of_stage)

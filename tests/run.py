@@ -24,7 +24,7 @@ ANY_LESSON_BUDGET = 45
 # Seconds after which a cell counts as hung, also beside another lesson; tests/nbval_limits.py applies them.
 CELL_LIMIT = {"11": 400}
 ANY_CELL_LIMIT = 60
-QUICK = "not slow and not network and not gpu"
+QUICK = "not slow and not network and not gpu and not timed"
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Step:
 
 def plan(which: str, notebooks: list[str]) -> list[Step]:
     """The steps of "test", "test --smoke", "test --lessons" or "check", in order."""
-    # Two at a time, but the cells of one notebook in one process: they depend on each other.
+    # Two at a time, but the cells of a notebook and the tests of a file in one process: cells depend on each other.
     workers = str(min(2, usable_cores()))
     two_at_a_time = ("-n", workers, "--dist", "loadscope", "--no-loadscope-reorder")
     limits = ("-p", "tests.nbval_limits", f"--timeout={max(CELL_LIMIT.values()) + 60}")
@@ -64,8 +64,10 @@ def plan(which: str, notebooks: list[str]) -> list[Step]:
         Step("types", ("mypy",), 40),
     ]
     if which == "check":
-        return [*steps, Step("quick tests", ("pytest", "-m", QUICK), 120, "quick")]
-    steps.append(Step("tests", ("pytest",), 800, "tests"))
+        return [*steps, Step("quick tests", ("pytest", *two_at_a_time, "-m", QUICK), 120, "quick")]
+    # What compares times needs the machine for itself.
+    steps.append(Step("tests", ("pytest", *two_at_a_time, "-m", "not timed"), 600, "tests"))
+    steps.append(Step("timed tests", ("pytest", "-m", "timed"), 120, "timed"))
     return [*steps, lessons] if notebooks else steps
 
 

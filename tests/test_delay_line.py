@@ -15,7 +15,7 @@ import pytest
 
 delay_line = pytest.importorskip("tests.benchmarks.delay_line", reason="needs Linux")  # fcntl is not on Windows
 
-pytestmark = [pytest.mark.network, pytest.mark.slow]
+pytestmark = [pytest.mark.network, pytest.mark.slow, pytest.mark.timed]
 
 LIMITS = {"GPipe": 0.2, "1F1B": 0.7}  # a step of ours over a step of torch's
 

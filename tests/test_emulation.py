@@ -40,6 +40,7 @@ def check_emulation(timeline: Timeline, schedule: Schedule) -> None:
     assert min(timeline.start) == 0
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("policy", ["never", "always"])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_order_and_times_of_each_schedule(name: str, policy: str) -> None:
@@ -59,6 +60,7 @@ def test_order_and_times_of_each_schedule(name: str, policy: str) -> None:
     assert waits == {(stage, m) for stage in range(3) for m in range(3)}
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("schedule", [one_f_one_b(3, 4), gpipe(4, 1)])
 def test_a_step_takes_as_long_as_the_simulation_says(schedule: Schedule) -> None:
     """Usually 2 to 5 % longer; the best of three counts.
@@ -72,6 +74,7 @@ def test_a_step_takes_as_long_as_the_simulation_says(schedule: Schedule) -> None
     assert 1 <= min(ratios) <= 1.3, ratios
 
 
+@pytest.mark.timed
 def test_gpipe_is_faster_than_one_micro_batch_at_a_time() -> None:
     """16 forwards and backwards after each other, against 7."""
     slow, fast = (emulate(make(4, 4), 0.005, 0.005, run=run_in_threads) for make in (naive, gpipe))
@@ -101,6 +104,7 @@ def test_only_the_last_step_is_measured(monkeypatch: pytest.MonkeyPatch) -> None
         emulate(schedule, 0.001, 0.001, steps=0, run=run_in_threads)
 
 
+@pytest.mark.timed
 def test_a_slow_stage_is_found() -> None:
     schedule = gpipe(3, 3)
     timeline = emulate(schedule, [0.003, 0.015, 0.003], [0.003, 0.015, 0.003], run=run_in_threads)

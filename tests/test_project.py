@@ -146,11 +146,13 @@ NOTEBOOKS = ["notebooks/11_all.ipynb"]
 
 def test_test_runs_everything_and_check_the_quick_part():
     everything = [step.name for step in run.plan("test", NOTEBOOKS)]
-    assert everything == ["lint", "format", "types", "tests", "lessons"]
+    assert everything == ["lint", "format", "types", "tests", "timed tests", "lessons"]
     quick = run.plan("check", NOTEBOOKS)
     assert [step.name for step in quick] == ["lint", "format", "types", "quick tests"]
     assert "not slow" in " ".join(quick[-1].command)
     assert [step.name for step in run.plan("test", [])] == everything[:-1]
+    tests = [step.arguments for step in run.plan("test", []) if "pytest" in step.arguments]
+    assert [arguments[-2:] for arguments in tests] == [("-m", "not timed"), ("-m", "timed")]  # together all of them
     (smoke,) = run.plan("test --smoke", NOTEBOOKS)
     assert "smoke" in smoke.arguments
     (lessons,) = run.plan("test --lessons", NOTEBOOKS)

@@ -166,6 +166,7 @@ def seconds_per_policy(worker: Worker, config: TrainingConfig, schedules: dict[s
     return seconds
 
 
+@pytest.mark.timed
 def test_the_price_is_part_of_a_step():
     """A forward more to a forward and a backward: about a third. The limits are those of a machine that is busy."""
     model = replace(TINY, d_model=128, heads=4, dropout=0.1)

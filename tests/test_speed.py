@@ -11,6 +11,7 @@ from tests.benchmarks import checks_cost, recording_cost, step_time
 LIMIT = 0.9  # a step of ours over a step of torch's, geometric mean over M = 2, 4, 8, 16
 
 
+@pytest.mark.timed
 @pytest.mark.processes
 @pytest.mark.slow
 def test_a_step_over_loopback_against_torchs_engine():
@@ -26,11 +27,13 @@ def test_a_step_over_loopback_against_torchs_engine():
     assert step_time.mean_ratio(rows) <= LIMIT, rows
 
 
+@pytest.mark.timed
 def test_the_checks_of_a_step_cost_next_to_nothing():
     """2 % of a step is the limit and 0.3 % is usual, so no second try is needed."""
     assert checks_cost.measure(repetitions=8)["share"] <= 0.02
 
 
+@pytest.mark.timed
 def test_recording_a_step_costs_next_to_nothing():
     """1 % of a step is the limit and 0.1 % is usual."""
     assert recording_cost.measure(repetitions=8)["share"] <= 0.01

@@ -197,6 +197,7 @@ def test_in_a_queue_nothing_is_posted_early() -> None:
 # --- Deadlocks --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.timed
 def test_a_deadlock_is_named_within_a_tenth_of_a_second() -> None:
     schedule = one_f_one_b(4, 8)
     postings = postings_of(schedule)
@@ -279,6 +280,7 @@ def test_a_circle_of_three() -> None:
     )
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("others", ["receive", "have ended"])
 def test_it_does_not_take_all_ranks_to_wait(others: str) -> None:
     """A circle, or a wait for a rank that has ended, is known at once, although another rank still computes."""
@@ -301,6 +303,7 @@ def test_it_does_not_take_all_ranks_to_wait(others: str) -> None:
     assert min(times) < 0.1
 
 
+@pytest.mark.timed
 def test_messages_before_it_on_the_same_line_hold_a_message_up() -> None:
     """The gradients are alone in their queue, but on the line they come after activations that never move."""
 

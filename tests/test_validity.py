@@ -267,6 +267,7 @@ def test_a_cycle_is_a_chain_of_waits(schedule: Schedule) -> None:
             assert other in needs[node]
 
 
+@pytest.mark.timed
 def test_a_cycle_is_named_within_a_tenth_of_a_second() -> None:
     schedule = one_f_one_b(8, 16)
     fastest = min(seconds_to_refuse(schedule) for _ in range(3))
