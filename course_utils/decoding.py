@@ -40,6 +40,7 @@ def greedy_decode(pipeline: Pipeline, cut: CutModel, source: Tensor, max_length:
     rows, source_length = source.shape
     one_plan = StepPlan([(rows, source_length, max_length)], cut.carry_after, cut.num_stages)
     agree(pipeline.transport, one_plan)
+    source = source.to(pipeline.device)
     prefix = torch.full((rows, 1), START, device=source.device)
     memories = walk(pipeline, cut, "encoder", Batch(source, prefix, prefix), {})
     while prefix.shape[1] <= max_length and not ended(prefix).all():
@@ -82,12 +83,14 @@ def walk(pipeline: Pipeline, cut: CutModel, part: str, batch: Batch, memories: d
 
 def receive(pipeline: Pipeline, specs: Specs, source: int) -> Carry:
     """The tensors that specs name, from another rank; None for the others."""
+    device = pipeline.transport.wire_device
     hidden, memory = (
-        None if spec is None else torch.empty(spec.shape, dtype=spec.dtype, device=pipeline.device) for spec in specs
+        None if spec is None else torch.empty(spec.shape, dtype=spec.dtype, device=device) for spec in specs
     )
     for buffer in (hidden, memory):
         if buffer is not None:
             pipeline.transport.wait(pipeline.transport.irecv(buffer, source, "hidden states of a decode"))
+    hidden, memory = (None if tensor is None else tensor.to(pipeline.device) for tensor in (hidden, memory))
     return hidden, memory
 
 
@@ -96,7 +99,8 @@ def send(pipeline: Pipeline, specs: Specs, carry: Carry, destination: int) -> No
     for tensor, spec in zip(carry, specs, strict=True):
         if spec is not None:
             checked = check_tensor("hidden states of a decode", tensor, spec)
-            operation = pipeline.transport.isend(checked.contiguous(), destination, "hidden states of a decode")
+            outgoing = checked.to(pipeline.transport.wire_device).contiguous()
+            operation = pipeline.transport.isend(outgoing, destination, "hidden states of a decode")
             pipeline.transport.wait(operation)
 
 

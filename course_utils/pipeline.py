@@ -146,6 +146,8 @@ class Pipeline:
         """
         if self.expected is not None and self.expected.plan.digest != plan.digest:  # its receives stay posted: no retry
             raise PlanMismatch(f"expect() was told {self.expected.plan}; this step has {plan}. Give it the same plan.")
+        if self.device != "cpu":
+            micro_batches = [m.to(self.device) for m in micro_batches]
         self.inputs, self.stash, self.peak_stash, self.loss_scale = {}, {}, 0, loss_scale
         self.handed_over: dict[Action, Tensors] = {}  # between two stages of this rank
         self.losses: dict[int, Tensor] = {}
@@ -182,6 +184,8 @@ class Pipeline:
     def note(self, kind: str, action: Action, began: float) -> None:
         """Record what the rank has done since `began`."""
         if self.timeline is not None:
+            if self.device != "cpu":
+                torch.cuda.synchronize(self.device)  # a GPU works on what it was given some time ago
             stage, micro_batch = action.stage, action.micro_batch
             self.timeline.add(self.transport.rank, kind, stage, micro_batch, began, time.perf_counter())
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from course_utils.devices import check_device
 from course_utils.number_words import Batch, Split, batch, repeat_rare_lengths, split_numbers
 from course_utils.optimization import LossScaler, Noam
 from course_utils.precision import LOW_PRECISION, resolve
@@ -34,6 +35,7 @@ class TrainingConfig:
     held_out: int = 500
     trim_padding: bool = True
     recorded_steps: int = 20  # the gradients of so many first steps enter the fingerprint
+    device: str = "cpu"  # or cuda: see `devices`
     precision: str = "fp32"  # of matrix products: fp32, bf16, fp16, or auto, which measures
     loss_scale: float | None = None  # to begin with; None: 65536 for fp16, which needs one, and none for the others
     rematerialisation: str = "never"  # or always, except_last: forwards that are computed again instead of kept
@@ -58,8 +60,9 @@ class TrainingConfig:
             raise ValueError(f"unknown re-materialisation {self.rematerialisation!r}; there are {', '.join(POLICIES)}")
         if self.wire_dtype is not None and self.wire_dtype not in LOW_PRECISION:
             raise ValueError(f"unknown wire_dtype {self.wire_dtype!r}; there are None, {', '.join(LOW_PRECISION)}")
+        check_device(self.device)
         if self.precision != "auto":
-            resolve(self.precision)  # refuses what is unknown or cannot be run
+            resolve(self.precision, self.device)  # refuses what is unknown or cannot be run
         if self.loss_scale is not None:
             LossScaler(self.loss_scale)  # refuses what is no scale
         by_count(len(block_builders(self.model)), self.stages)
@@ -117,14 +120,18 @@ def with_precision(config: TrainingConfig) -> TrainingConfig:
     if config.precision != "auto":
         return config
     micro_batch = micro_batches_of(config, tuple(range(config.highest, config.highest - config.batch_size, -1)), 0)[0]
-    layer = next(b for b in block_builders(config.model) if b.kind is EncoderLayer).build(config.seed)
-    hidden = torch.ones(micro_batch.rows, micro_batch.source_length, config.model.d_model, requires_grad=True)
+    device, width = config.device, config.model.d_model
+    layer = next(b for b in block_builders(config.model) if b.kind is EncoderLayer).build(config.seed, device)
+    micro_batch = micro_batch.to(device)
+    hidden = torch.ones(micro_batch.rows, micro_batch.source_length, width, device=device, requires_grad=True)
 
     def forward_and_backward() -> None:
         result, _ = layer((hidden, None), micro_batch, None)
         result.sum().backward()
+        if device != "cpu":
+            torch.cuda.synchronize()
 
-    return replace(config, precision=resolve(config.precision, work=forward_and_backward))
+    return replace(config, precision=resolve(config.precision, device, work=forward_and_backward))
 
 
 RECIPES = {

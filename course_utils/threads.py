@@ -187,6 +187,8 @@ class Switchboard:
 class ThreadTransport:
     """The messages of one rank over a switchboard."""
 
+    wire_device = "cpu"
+
     def __init__(self, rank: int, board: Switchboard):
         self.rank, self.world_size, self.board = rank, board.world_size, board
         self.posts_early = board.queue_of is None

@@ -62,13 +62,14 @@ class Ties:
         groups: Groups,
         rank_of: Mapping[str, int],
         own: Mapping[str, Tensor],
-        transport: Transport,
+        transport: Transport | None,
     ):
         ordered = [sorted(group) for group in groups]  # a name begins with its block's number: model order
         self.repeated = {name for group in ordered for name in group[1:]}
         # Those in which this rank has a part.
         self.groups = [group for group in ordered if any(name in own for name in group)]
-        self.rank_of, self.own, self.transport = rank_of, own, transport
+        self.rank_of, self.own = rank_of, own
+        self.transport: Any = transport  # None will do where one process holds all: it sends nothing
         self.posted: dict[str, tuple[Tensor, Any]] | None = None
 
     def make_equal(self, cut: CutModel, seed: int) -> None:
@@ -100,7 +101,7 @@ class Ties:
     def open(self) -> None:
         """Post the receives for the gradients: at the start of a step, before those of the norms."""
         like = {name: self.own[own] for group in self.groups for own in group if own in self.own for name in group}
-        self.posted = self.post({name: torch.empty_like(like[name]) for name in self.foreign})
+        self.posted = self.post({name: torch.empty_like(like[name], device="cpu") for name in self.foreign})
 
     def add_up(self) -> None:
         """After the last backward: every owner gets the sum of its group's gradients. One that has none counts as 0."""
@@ -113,10 +114,10 @@ class Ties:
         for first, *others in self.groups:
             total = gradients[first].clone()
             for other in others:
-                total += gradients[other]
+                total += gradients[other].to(total.device)
             for name in (first, *others):
                 if name in self.own:
-                    self.own[name].grad = total.clone()
+                    self.own[name].grad = total.to(self.own[name].device, copy=True)
 
     @property
     def foreign(self) -> list[str]:
@@ -143,4 +144,4 @@ class Ties:
         return {name: buffer for name, (buffer, _) in posted.items()}
 
     def begin(self, kind: str, tensor: Tensor, peer: int, name: str) -> Any:
-        return getattr(self.transport, kind)(tensor, peer, f"{name}, which is tied", control=True)
+        return getattr(self.transport, kind)(tensor.cpu(), peer, f"{name}, which is tied", control=True)

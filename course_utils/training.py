@@ -120,7 +120,7 @@ def train_rank(
         "seconds": seconds,
         "answers": dict(zip(numbers.held_out, answers, strict=True)),
         "record": state.record.summary(),
-        "weights": {name: parameter.detach() for name, parameter in state.named},
+        "weights": {name: parameter.detach().cpu() for name, parameter in state.named},
         "timelines": timelines,
     }
 
@@ -248,30 +248,30 @@ def train_on_one_device(config: TrainingConfig) -> TrainingResult:
 def plain_loop(config: TrainingConfig) -> TrainingResult:
     """`train_on_one_device` on as many threads as torch is set to."""
     config = with_precision(config)
-    low_precision = LOW_PRECISION.get(config.precision)
-    model = config.cut.build(0, config.seed)
+    low_precision, device = LOW_PRECISION.get(config.precision), config.device
+    model = config.cut.build(0, config.seed, device)
     state = TrainingState(config, config.cut, [model])
     numbers = numbers_of(config)
     steps = []
     started = time.perf_counter()
     while state.steps_done < config.steps:
-        micro_batches = micro_batches_of(config, numbers.training, state.steps_done)
+        micro_batches = [m.to(device) for m in micro_batches_of(config, numbers.training, state.steps_done)]
         num_tokens = sum(m.num_tokens for m in micro_batches)
         state.optimizer.zero_grad()
         state.ties.open()
         losses, key = {}, state.dropout_key()
-        with autocast(low_precision):
+        with autocast(low_precision, device):
             for m, micro_batch in enumerate(micro_batches):
                 logits, _ = model((None, None), micro_batch, None if key is None else (*key, m))
                 loss = sum_over_tokens(logits, micro_batch, num_tokens)
-                with autocast(low_precision, enabled=False):
+                with autocast(low_precision, device, enabled=False):
                     loss.backward(torch.full_like(loss, state.scaler.scale))
                 losses[m] = loss.detach()
         norms = state.take_in(losses)
         steps.append(state.update(norms, losses, num_tokens))
     seconds = time.perf_counter() - started
     state.record.add_weights(state.named)
-    weights = {name: parameter.detach() for name, parameter in state.named}
+    weights = {name: parameter.detach().cpu() for name, parameter in state.named}
     answers = dict(zip(numbers.held_out, answer(config, weights, numbers.held_out), strict=True))
     return TrainingResult(config, None, steps, seconds, answers, fingerprint([state.record.summary()]), weights)
 

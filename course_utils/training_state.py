@@ -4,12 +4,13 @@ import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from course_utils.checkpoint import Manifest, RankState, collect, restore
+from course_utils.devices import place_rank
 from course_utils.fingerprints import LOSSES, StageRecord
 from course_utils.optimization import LossScaler, Noam, clip_by_global_norm, gradient_norms
 from course_utils.pipeline import Pipeline
@@ -138,7 +139,9 @@ def build_rank(
     transport: Transport, config: TrainingConfig, cut: CutModel, schedule: Schedule, engine: type[Engine]
 ) -> tuple[Engine, TrainingState]:
     """The stages that a rank holds, in the engine that runs them and in the state that changes them."""
-    stages = {s: cut.build(s, config.seed) for s in schedule.stages_of(transport.rank)}
+    device = place_rank(transport, config.device)
+    stages = {s: cut.build(s, config.seed, device) for s in schedule.stages_of(transport.rank)}
     low_precision, wire_dtype = (LOW_PRECISION.get(name or "") for name in (config.precision, config.wire_dtype))
-    pipeline = engine(stages, schedule, transport, cut.carry_after, low_precision=low_precision, wire_dtype=wire_dtype)
+    options: dict[str, Any] = {"low_precision": low_precision, "wire_dtype": wire_dtype, "device": device}
+    pipeline = engine(stages, schedule, transport, cut.carry_after, **options)
     return pipeline, TrainingState(config, cut, stages.values(), transport, schedule.rank_of_stage)

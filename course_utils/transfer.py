@@ -111,7 +111,9 @@ class Exchange:
         expected = self.to_post[source, self.transport.rank].pop()
         assert message == expected, f"{message} would be posted before {expected}, which is sent first"
         buffers = [
-            None if spec is None else torch.empty(spec.shape, dtype=self.plan.sent_as(spec), device=self.device)
+            None
+            if spec is None
+            else torch.empty(spec.shape, dtype=self.plan.sent_as(spec), device=self.transport.wire_device)
             for spec in self.plan.specs(message)
         ]
         operations = [self.transport.irecv(buffer, source, message) for buffer in buffers if buffer is not None]
@@ -130,7 +132,7 @@ class Exchange:
         for sent in self.posting.acknowledged_by.get(message, ()):
             self.close(sent)
         specs = self.plan.specs(message)
-        return [None if spec is None else b.to(spec.dtype) for b, spec in zip(buffers, specs, strict=True)]
+        return [None if spec is None else b.to(self.device, spec.dtype) for b, spec in zip(buffers, specs, strict=True)]
 
     def send(self, message: Message, tensors: Sequence[torch.Tensor | None]) -> None:
         """Send what the plan says; what it does not name stays here. Raises PlanMismatch."""
@@ -142,7 +144,7 @@ class Exchange:
         for tensor, spec in zip(tensors, specs, strict=True):
             if spec is not None:
                 checked = check_tensor(f"{message} (stage {message.source} to {message.destination})", tensor, spec)
-                outgoing = checked.to(self.plan.sent_as(spec)).contiguous()
+                outgoing = checked.to(self.transport.wire_device, self.plan.sent_as(spec)).contiguous()
                 operations.append(self.transport.isend(outgoing, destination, message))
 
     def close(self, sent: Message) -> None:

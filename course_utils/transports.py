@@ -83,11 +83,14 @@ class Transport(Protocol):
 
     `posts_early`: whether receives may be posted long before they are needed. In-process transports that imitate queues
     say no, because there a receive that was posted early stands in the way of others.
+
+    `wire_device`: where tensors of the pipeline must lie to be sent or received; control messages lie on the CPU.
     """
 
     rank: int
     world_size: int
     posts_early: bool
+    wire_device: str
 
     def isend(self, tensor: torch.Tensor, peer: int, label: object, control: bool = False) -> Any:
         """Start to send a contiguous tensor; keep what is returned, and the tensor, until `wait` has returned."""
@@ -119,6 +122,7 @@ class TorchTransport:
     """
 
     posts_early = True
+    wire_device = "cpu"
 
     def __init__(
         self,
@@ -130,6 +134,8 @@ class TorchTransport:
     ):
         self.rank, self.world_size, self.data_group, self.limit = rank, world_size, data_group, limit
         self.status = status or StatusBlock()
+        # Where each directed pair of ranks has a group of its own; see `devices.use_nccl`.
+        self.data_groups: dict[tuple[int, int], Any] = {}
 
     def isend(self, tensor: torch.Tensor, peer: int, label: object, control: bool = False) -> Operation:
         return self.begin("send", dist.isend, tensor, peer, label, control)
@@ -142,8 +148,9 @@ class TorchTransport:
     ) -> Operation:
         """Raises PeerLost if gloo knows already that the connection is closed."""
         operation = Operation(kind, self.rank, peer, label, tensor, control)
+        group = None if control else self.data_groups.get(operation.channel, self.data_group)
         try:
-            operation.work = start(tensor, peer, group=None if control else self.data_group)
+            operation.work = start(tensor, peer, group=group)
         except RuntimeError as error:
             if "transport" not in str(error):  # a fault of the tensor
                 raise

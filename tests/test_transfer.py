@@ -123,6 +123,8 @@ def test_digests_differ_as_soon_as_anything_differs():
 class Recorder:
     """A transport that moves nothing and writes down what it is asked to do."""
 
+    wire_device = "cpu"
+
     def __init__(self, rank: int, world_size: int, posts_early: bool = True):
         self.rank, self.world_size, self.posts_early = rank, world_size, posts_early
         self.posted: dict[int, list[Message]] = {}  # receives, by the rank they come from
