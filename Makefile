@@ -9,5 +9,6 @@ train: ; $(PYTHON) course.py train $(ARGS)
 fingerprint: ; $(PYTHON) course.py fingerprint $(ARGS)
 build: ; $(PYTHON) course.py build $(ARGS)
 bench: ; $(PYTHON) course.py bench $(ARGS)
+soak: ; $(PYTHON) course.py soak $(ARGS)
 
-.PHONY: help lab test check train fingerprint build bench
+.PHONY: help lab test check train fingerprint build bench soak

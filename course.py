@@ -5,6 +5,7 @@ The first use makes a virtual environment in .venv and installs what the command
 
 --torch cpu|cuda|keep  Which torch to install. keep: the one that this Python has already. Default: cpu, or cuda on
                        Linux with an NVIDIA driver. It is remembered; another choice makes .venv anew.
+--oldest               With test: run the engine's tests with the oldest torch of pyproject.toml, from .venv-oldest.
 COURSE_TORCH_INDEX     Environment variable: the index that torch comes from. Default: PyTorch's own one where only
                        that has the small CPU build, which is on Linux. Empty: pip's usual one, as for all else.
 COURSE_CONSTRAINTS     Environment variable: the file of exact versions. Default: constraints.txt. Empty: the newest.
@@ -24,6 +25,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -31,9 +33,9 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-VENV = ROOT / ".venv"
-PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-STAMP = VENV / "course.json"  # what .venv was made for; written last, so an unfinished .venv has none
+VENV, OLDEST = ROOT / ".venv", ROOT / ".venv-oldest"  # the second one has the oldest torch
+PYTHON = "Scripts/python.exe" if os.name == "nt" else "bin/python"  # in .venv
+STAMP = "course.json"  # in .venv: what it was made for; written last, so an unfinished .venv has none
 PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 CONSTRAINTS = os.environ.get("COURSE_CONSTRAINTS", "constraints.txt")
 
@@ -45,6 +47,7 @@ COMMANDS = {  # name: (what it does, whether it needs the [test] extra, what Pyt
     "fingerprint": ("compare all ways to train, bit by bit", False, ["-m", "course_utils.commands", "fingerprint"]),
     "build": ("build notebooks from their texts, for example: build 11", True, ["-m", "course_utils.authoring"]),
     "bench": ("make a measurement; without a name: list them", False, [str(ROOT / "tests/bench.py")]),
+    "soak": ("train through 200 launches that are mostly broken off", False, [str(ROOT / "tests/soak.py")]),
 }
 
 
@@ -59,32 +62,44 @@ def main(arguments):
     parser = argparse.ArgumentParser(prog=f"course.py {name}", add_help=False, allow_abbrev=False)
     parser.add_argument("--torch", choices=["cpu", "cuda", "keep"])
     options, rest = parser.parse_known_args(arguments[1:])
-    _, needs_test, target = COMMANDS[name]
-    if read_stamp() != what_is_wanted(read_stamp(), needs_test, options.torch):
+    venv, (_, needs_test, target) = VENV, COMMANDS[name]
+    if name == "test" and "--oldest" in rest:
+        rest.remove("--oldest")
+        venv, target = OLDEST, [str(ROOT / "tests/oldest.py")]
+    if read_stamp(venv) != what_is_wanted(venv, needs_test, options.torch):
         with one_at_a_time():  # another command may meanwhile have made what this one wants
-            wanted = what_is_wanted(read_stamp(), needs_test, options.torch)
-            if read_stamp() != wanted:
-                install(wanted, plan(read_stamp(), wanted))
-    return run([str(PYTHON), *target, *rest])
+            wanted = what_is_wanted(venv, needs_test, options.torch)
+            if read_stamp(venv) != wanted:
+                install(venv, wanted, plan(venv, wanted))
+    return run([str(venv / PYTHON), *target, *rest])
 
 
-def read_stamp():
+def read_stamp(venv):
     try:
-        return json.loads(STAMP.read_text("utf-8")) if PYTHON.exists() else {}
+        return json.loads((venv / STAMP).read_text("utf-8")) if (venv / PYTHON).exists() else {}
     except (OSError, ValueError):
         return {}
 
 
-def what_is_wanted(made_for, needs_test, torch):
+def what_is_wanted(venv, needs_test, torch):
     driver = sys.platform == "linux" and (shutil.which("nvidia-smi") or os.path.exists("/proc/driver/nvidia/version"))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    versions = json.dumps(project) + ((ROOT / CONSTRAINTS).read_text("utf-8") if CONSTRAINTS else "")
+    made_for, versions = read_stamp(venv), json.dumps(project) + exact_versions(venv)
     return {
         "path": str(ROOT),  # a .venv that was moved along with its folder still points to the old one
         "torch": torch or made_for.get("torch") or ("cuda" if driver else "cpu"),
         "test": needs_test or made_for.get("test", False),
         "versions": hashlib.sha256(versions.encode()).hexdigest(),
     }
+
+
+def exact_versions(venv):
+    """The text of the file of constraints; in that of OLDEST, torch has its lowest version."""
+    exact = (ROOT / CONSTRAINTS).read_text("utf-8") if CONSTRAINTS else ""
+    if venv == VENV:
+        return exact
+    lowest = re.search(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text("utf-8"))[1]
+    return re.sub(r"(?m)^torch==.*\n", "", exact) + f"torch=={lowest}.*\n"
 
 
 @contextlib.contextmanager
@@ -132,16 +147,19 @@ def torch_index(torch):
     return index
 
 
-def plan(made_for, wanted):
-    """The commands that make .venv what is wanted, in order."""
+def plan(venv, wanted):
+    """The commands that make an environment what is wanted, in order."""
     torch, index, steps = wanted["torch"], torch_index(wanted["torch"]), []
-    keep = torch == "keep"
-    pip = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check"]
-    if CONSTRAINTS and not keep:
-        pip += ["--constraint", CONSTRAINTS]
+    keep, made_for, constraints = torch == "keep", read_stamp(venv), CONSTRAINTS
+    if venv == OLDEST:
+        constraints = f"{venv.name}.txt"
+        (ROOT / constraints).write_text(exact_versions(venv), "utf-8")
+    pip = [str(venv / PYTHON), "-m", "pip", "install", "--disable-pip-version-check"]
+    if constraints and not keep:
+        pip += ["--constraint", constraints]
     if (made_for.get("path"), made_for.get("torch")) != (wanted["path"], torch):
         see_torch = ["--system-site-packages"] if keep else []
-        steps.append([sys.executable, "-m", "venv", "--clear", *see_torch, str(VENV)])
+        steps.append([sys.executable, "-m", "venv", "--clear", *see_torch, str(venv)])
     if index:  # torch alone, so that its index is asked for nothing else
         steps.append([*pip, "--no-deps", "--retries", "1", "--index-url", index, "torch"])
     kept = [f"torch=={version_of_torch()}"] if keep else []
@@ -161,14 +179,14 @@ def version_of_torch():
     sys.exit(f"--torch keep needs a Python that has torch and is no virtual environment; {sys.executable} is not one.")
 
 
-def install(wanted, steps):
+def install(venv, wanted, steps):
     if importlib.util.find_spec("ensurepip") is None:
         package = "python{}.{}-venv".format(*sys.version_info)
         sys.exit(f"This Python cannot make virtual environments. On Debian and Ubuntu: sudo apt install {package}")
     from_usual_index = sys.platform == "linux" and not torch_index(wanted["torch"])
     torch = "up to 3 GB of torch (with CUDA)" if from_usual_index else "about 0.2 GB of torch"
     torch = "no torch" if wanted["torch"] == "keep" else torch
-    print(f"Setting up {VENV}. To download, unless pip still has it: {torch}, 0.1 GB of other packages.", flush=True)
+    print(f"Setting up {venv}. To download, unless pip still has it: {torch}, 0.1 GB of other packages.", flush=True)
     for step in steps:
         print("\n> " + subprocess.list2cmdline(step), flush=True)
         if subprocess.call(step, cwd=ROOT) == 0:
@@ -178,10 +196,10 @@ def install(wanted, steps):
             continue
         sys.exit(
             f"\nSetting up failed; the reason is above. Mostly it is the network, a full disk (here "
-            f"{shutil.disk_usage(ROOT).free / 1e9:.1f} GB are free), a program that still runs from .venv, or a system "
+            f"{shutil.disk_usage(ROOT).free / 1e9:.1f} GB are free), a program that still runs from it, or a system "
             "without torch packages (32 bits, Intel Mac, Alpine). Mend it and run the command again."
         )
-    STAMP.write_text(json.dumps(wanted), "utf-8")
+    (venv / STAMP).write_text(json.dumps(wanted), "utf-8")
     print("\nSet up.\n", flush=True)
 
 

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import course
 pytestmark = pytest.mark.smoke
 
 FILE = Path(course.__file__)
-COMMANDS = ["lab", "test", "check", "train", "fingerprint", "build", "bench"]
+COMMANDS = ["lab", "test", "check", "train", "fingerprint", "build", "bench", "soak"]
 
 
 @pytest.fixture
@@ -28,8 +29,7 @@ def clone(tmp_path, monkeypatch):
         shutil.copy(FILE.parent / name, root)
     monkeypatch.setattr(course, "ROOT", root)
     monkeypatch.setattr(course, "VENV", root / ".venv")
-    monkeypatch.setattr(course, "PYTHON", root / course.PYTHON.relative_to(FILE.parent))
-    monkeypatch.setattr(course, "STAMP", root / ".venv/course.json")
+    monkeypatch.setattr(course, "OLDEST", root / ".venv-oldest")
     monkeypatch.setattr(course, "CONSTRAINTS", "constraints.txt")
     monkeypatch.setattr(course.sys, "platform", "linux")
     monkeypatch.setattr(course.shutil, "which", lambda name: None)  # no NVIDIA driver
@@ -47,14 +47,25 @@ def ran(clone, monkeypatch):
         assert cwd == clone
         commands.append(command)
         if "venv" in command:
-            course.PYTHON.parent.mkdir(parents=True, exist_ok=True)
-            course.PYTHON.touch()
+            python = Path(command[-1]) / course.PYTHON
+            python.parent.mkdir(parents=True, exist_ok=True)
+            python.touch()
         return int(any(word in command for word in fail))
 
     monkeypatch.setattr(course.subprocess, "call", call)
     monkeypatch.setattr(course, "run", lambda command: commands.append(command) or 0)
     call.commands, call.fail = commands, fail
     return call
+
+
+def stamp_of(clone):
+    return clone / ".venv" / course.STAMP
+
+
+def change(file, old, new):
+    text, times = re.subn(f"(?m){old}", new, file.read_text())
+    assert times == 1
+    file.write_text(text)
 
 
 def pip_steps(ran):
@@ -73,7 +84,7 @@ def test_it_is_small_ascii_and_needs_only_the_standard_library():
         elif isinstance(node, ast.ImportFrom):
             imported.add(node.module.split(".")[0])
     assert imported <= sys.stdlib_module_names
-    assert sum(1 for line in text.splitlines() if line.strip()) <= 175
+    assert sum(1 for line in text.splitlines() if line.strip()) <= 190
 
 
 @pytest.mark.parametrize("version", [(3, 10, 13), (3, 11, 0), (3, 15, 0)])
@@ -113,17 +124,17 @@ def test_the_first_use_makes_an_environment_and_installs_the_small_torch(ran, cl
     for command in (torch, rest):
         assert command[command.index("--constraint") + 1] == "constraints.txt"
         assert "-q" not in command
-    assert lab == [str(course.PYTHON), "-m", "course_utils.workspace", "--no-browser"]
-    assert json.loads(course.STAMP.read_text())["path"] == str(clone)
+    assert lab == [str(clone / ".venv" / course.PYTHON), "-m", "course_utils.workspace", "--no-browser"]
+    assert json.loads(stamp_of(clone).read_text())["path"] == str(clone)
     assert "about 0.2 GB of torch" in capsys.readouterr().out
 
 
-def test_the_second_use_installs_nothing(ran):
+def test_the_second_use_installs_nothing(ran, clone):
     course.main(["train"])
     ran.commands.clear()
     course.main(["train", "--stages", "2", "--micro-batches", "8"])
     expected = ["-m", "course_utils.commands", "train", "--stages", "2", "--micro-batches", "8"]
-    assert ran.commands == [[str(course.PYTHON), *expected]]
+    assert ran.commands == [[str(clone / ".venv" / course.PYTHON), *expected]]
 
 
 def test_the_test_extra_is_added_once_and_stays(ran):
@@ -204,21 +215,75 @@ def test_an_unknown_choice_of_torch_is_an_error(ran, capsys):
     assert error.value.code == 2 and "keep" in capsys.readouterr().err
 
 
+# --- The oldest torch ------------------------------------------------------------------------------------------------
+
+
+def test_the_oldest_torch_has_an_environment_of_its_own(ran, clone):
+    course.main(["test"])
+    before, usual = stamp_of(clone).read_text(), (clone / "constraints.txt").read_text()
+    ran.commands.clear()
+    course.main(["test", "--oldest", "-m", "not slow"])
+    make, torch, rest, tests = ran.commands
+    python = str(clone / ".venv-oldest" / course.PYTHON)
+    assert make[-1] == str(clone / ".venv-oldest") and torch[0] == rest[0] == python
+    assert torch[-3:] == ["--index-url", "https://download.pytorch.org/whl/cpu", "torch"] and rest[-1] == ".[test]"
+    assert tests == [python, str(clone / "tests/oldest.py"), "-m", "not slow"]
+    for command in (torch, rest):
+        assert command[command.index("--constraint") + 1] == ".venv-oldest.txt"
+    versions = (clone / ".venv-oldest.txt").read_text().splitlines()
+    lowest = re.search('"torch>=(.+)"', (clone / "pyproject.toml").read_text())[1]
+    assert versions[-1] == f"torch=={lowest}.*"
+    assert (
+        versions[:-1] == [line for line in usual.splitlines() if not line.startswith("torch==")] != usual.splitlines()
+    )
+    assert (stamp_of(clone).read_text(), (clone / "constraints.txt").read_text()) == (before, usual)
+    ran.commands.clear()
+    course.main(["test", "--oldest"])
+    assert ran.commands == [tests[:2]]
+
+
+def test_the_oldest_torch_is_the_bound_of_the_project_and_may_come_from_another_index(ran, clone, monkeypatch):
+    change(clone / "pyproject.toml", '"torch>=.+"', '"torch>=2.12.1"')
+    monkeypatch.setattr(course, "CONSTRAINTS", "")
+    monkeypatch.setenv("COURSE_TORCH_INDEX", "https://example.org/cuda")
+    course.main(["test", "--oldest"])
+    assert (clone / ".venv-oldest.txt").read_text() == "torch==2.12.1.*\n"
+    assert "https://example.org/cuda" in pip_steps(ran)[0] and not (clone / ".venv").exists()
+
+
+def test_another_bound_or_another_pin_makes_it_up_to_date(ran, clone):
+    course.main(["test", "--oldest"])
+    for name, old, new in (("pyproject.toml", '"torch>=.+"', '"torch>=2.12.1"'), ("constraints.txt", "^tqdm=", "#")):
+        ran.commands.clear()
+        change(clone / name, old, new)
+        course.main(["test", "--oldest"])
+        assert len(pip_steps(ran)) == 2
+    ran.commands.clear()
+    change(clone / "constraints.txt", "^torch==.*", "torch==2.99.0")
+    course.main(["test", "--oldest"])  # the pin of torch is not its pin
+    assert pip_steps(ran) == []
+
+
+def test_only_test_knows_the_oldest_torch(ran, clone):
+    course.main(["bench", "--oldest"])
+    assert ran.commands[-1][-1] == "--oldest" and not (clone / ".venv-oldest").exists()
+
+
 # --- What can go wrong -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("damage", ["no stamp", "broken stamp", "no python", "moved"])
-def test_a_half_made_or_moved_environment_is_made_anew(ran, damage):
+def test_a_half_made_or_moved_environment_is_made_anew(ran, clone, damage):
     course.main(["lab"])
+    stamp = stamp_of(clone)
     if damage == "no stamp":
-        course.STAMP.unlink()
+        stamp.unlink()
     elif damage == "broken stamp":
-        course.STAMP.write_text('{"path": ')
+        stamp.write_text('{"path": ')
     elif damage == "moved":
-        stamp = json.loads(course.STAMP.read_text()) | {"path": "/where/it/was"}
-        course.STAMP.write_text(json.dumps(stamp))
+        stamp.write_text(json.dumps(json.loads(stamp.read_text()) | {"path": "/where/it/was"}))
     else:
-        course.PYTHON.unlink()
+        (clone / ".venv" / course.PYTHON).unlink()
     ran.commands.clear()
     course.main(["lab"])
     assert "--clear" in ran.commands[0] and len(pip_steps(ran)) == 2
@@ -248,12 +313,12 @@ def test_an_index_that_cannot_be_reached_is_replaced_by_the_usual_one(ran, capsy
     assert "usual index: up to 3 GB" in capsys.readouterr().out
 
 
-def test_a_failing_pip_ends_in_one_clear_sentence(ran):
+def test_a_failing_pip_ends_in_one_clear_sentence(ran, clone):
     ran.fail.add("--editable")
     with pytest.raises(SystemExit, match=r"Setting up failed; .* a full disk .* run the command again") as error:
         course.main(["lab"])
     assert isinstance(error.value.code, str)  # printed, and status 1
-    assert not course.STAMP.exists()
+    assert not stamp_of(clone).exists()
     assert ran.commands[-1][-1] == "."  # JupyterLab was not started
 
 
@@ -267,9 +332,10 @@ def test_a_python_without_ensurepip_is_told_debians_package(ran, monkeypatch):
 def test_a_second_command_waits_for_the_first_and_then_has_nothing_to_do(ran, clone, monkeypatch, capsys):
     def first_command_ends(seconds):
         lock.close()
-        course.PYTHON.parent.mkdir(parents=True)
-        course.PYTHON.touch()
-        course.STAMP.write_text(json.dumps(course.what_is_wanted({}, False, None)))
+        python = clone / ".venv" / course.PYTHON
+        python.parent.mkdir(parents=True)
+        python.touch()
+        stamp_of(clone).write_text(json.dumps(course.what_is_wanted(course.VENV, False, None)))
 
     lock = (clone / ".venv.lock").open("w")
     assert course.locked(lock)
@@ -298,7 +364,7 @@ def test_options_status_and_folder_reach_the_command(tmp_path):
     (root / "course_utils/commands.py").write_text(stand_in)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(root / ".venv")], check=True)
     environment = {**os.environ, "PYTHONPATH": str(root), "COURSE_TORCH_INDEX": ""}
-    made = "import course, json; print(json.dumps(course.what_is_wanted({}, False, None)))"
+    made = "import course, json; print(json.dumps(course.what_is_wanted(course.VENV, False, None)))"
     stamp = subprocess.run([sys.executable, "-c", made], cwd=root, env=environment, capture_output=True, check=True)
     (root / ".venv/course.json").write_bytes(stamp.stdout)
     elsewhere = tmp_path / "elsewhere"

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import course
-from tests import run
+from tests import oldest, run
 
 COURSE = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((COURSE / "pyproject.toml").read_text("utf-8"))["project"]
@@ -63,8 +63,11 @@ def test_the_workflow_calls_commands_that_exist():
     jobs = yaml.safe_load((COURSE / ".github/workflows/ci.yml").read_text("utf-8"))["jobs"]
     lines = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
     called = [line.split()[2] for line in lines if line.startswith("python course.py")]
-    assert "bash .ci/run" in lines and {"test", "train"} == set(called) <= set(course.COMMANDS)
+    assert "bash .ci/run" in lines and {"test", "train", "soak"} == set(called) <= set(course.COMMANDS)
     assert jobs["newest"]["env"] == {"COURSE_CONSTRAINTS": ""}
+    weekly = "github.event_name == 'schedule' || github.event_name == 'workflow_dispatch'"
+    assert [name for name, job in jobs.items() if job["if"] == weekly] == ["newest", "oldest", "soak"]
+    assert jobs["oldest"]["steps"][-1] == {"run": "python course.py test --oldest"}
     for path in (COURSE / ".github/ISSUE_TEMPLATE").glob("*.yml"):
         assert yaml.safe_load(path.read_text("utf-8"))
 
@@ -139,6 +142,40 @@ def test_the_engine_can_be_read_in_one_sitting():
 
 
 NOTEBOOKS = ["notebooks/11_all.ipynb"]
+
+
+# --- The oldest torch ------------------------------------------------------------------------------------------------
+
+
+def test_the_engine_s_tests_are_all_but_those_of_lessons_and_project():
+    assert f"torch>={oldest.lowest_torch()}" in PROJECT["dependencies"]
+    chosen = set(oldest.engine_tests())
+    assert all((COURSE / name).exists() for name in chosen)
+    for name in ("pipeline", "processes", "fingerprint", "checkpoint", "torch_runtime", "soak"):
+        assert f"tests/test_{name}.py" in chosen
+    left_out = {path.relative_to(COURSE).as_posix() for path in (COURSE / "tests").glob("test_*.py")} - chosen
+    for pattern in oldest.NOT_THE_ENGINE:
+        assert any(Path(name).match(f"{pattern}.py") for name in left_out), f"{pattern} leaves out nothing"
+    assert f"tests/{Path(__file__).name}" in left_out
+    assert all(Path(name).match("test_lesson*.py") for name in left_out if "lesson" in name)
+
+
+@pytest.mark.parametrize(
+    "found, is_oldest",
+    [("2.11.0", True), ("2.11.1+cpu", True), ("2.11", True), ("2.13.0", False), ("2.110.0", False), ("2.1.0", False)],
+)
+def test_only_the_oldest_torch_of_the_project_is_tested_as_the_oldest(monkeypatch, capsys, found, is_oldest):
+    commands: list[list[str]] = []
+    monkeypatch.setattr(oldest, "lowest_torch", lambda: "2.11")
+    monkeypatch.setattr(oldest.metadata, "version", lambda name: found)
+    monkeypatch.setattr(oldest.subprocess, "call", lambda command, cwd: commands.append(command) or 3)
+    assert oldest.main(["-m", "not slow"]) == (3 if is_oldest else 2)
+    output = capsys.readouterr()
+    if is_oldest:
+        assert commands[0][1:3] == ["-m", "pytest"] and commands[0][-2:] == ["-m", "not slow"]
+        assert f"torch {found}: failed (status 3)" in output.out
+    else:
+        assert commands == [] and f"This Python has torch {found}, not 2.11" in output.err
 
 
 # --- The runs --------------------------------------------------------------------------------------------------------
