@@ -6,11 +6,30 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-# Meant for the caller's own group of ranks, if it is itself started by torchrun or the like.
+# Meant for the caller itself, if torchrun, Slurm or an MPI has started it as one of its own ranks. Libraries that a
+# worker imports would take it for that rank, and torch would make its groups in another way or somewhere else.
 FOREIGN_VARIABLES = {
+    # torchrun: https://docs.pytorch.org/docs/stable/elastic/run.html#environment-variables
     *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
-    *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "GLOO_SOCKET_IFNAME"),
+    *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),
+    # how torch's own groups are made, on the network that the caller's ranks share
+    *("GLOO_SOCKET_IFNAME", "GLOO_DEVICE_TRANSPORT", "TORCH_GLOO_LAZY_INIT", "TORCH_DIST_INIT_BARRIER"),
+    # Slurm, of one task (what belongs to the whole job, such as SLURM_JOB_ID or SLURM_TMPDIR, stays):
+    # https://slurm.schedmd.com/srun.html#SECTION_OUTPUT-ENVIRONMENT-VARIABLES
+    *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_TASK_PID", "SLURM_GTIDS"),
+    *("SLURM_NTASKS_PER_NODE", "SLURM_TASKS_PER_NODE", "SLURM_SRUN_COMM_HOST", "SLURM_SRUN_COMM_PORT"),
+    # MPIs: Intel MPI and MPICH; the prefixes below are those of PMI and PMIx, Open MPI and MVAPICH
+    *("MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 }
+FOREIGN_PREFIXES = (
+    "TORCHELASTIC_",
+    "SLURM_STEP",
+    "SLURM_PMIX",
+    "PMI_",
+    "PMIX_",
+    "OMPI_COMM_WORLD_",
+    "MV2_COMM_WORLD_",
+)
 
 
 @dataclass
@@ -47,7 +66,7 @@ def environment_for_workers() -> dict[str, str]:
     return {
         name: value
         for name, value in os.environ.items()
-        if name not in FOREIGN_VARIABLES and not name.startswith("TORCHELASTIC_")
+        if name not in FOREIGN_VARIABLES and not name.startswith(FOREIGN_PREFIXES)
     }
 
 

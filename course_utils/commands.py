@@ -1,4 +1,9 @@
-"""The commands that `python course.py train` and `fingerprint` hand on to, inside the course's environment."""
+"""The commands that `python course.py train` and `fingerprint` hand on to, inside the course's environment.
+
+`train` also runs on many machines: started by torchrun or by Slurm's srun, each process is one rank (`torchrun.py`):
+
+    torchrun --nnodes 2 ... -m course_utils.commands train --stages 2
+"""
 
 import argparse
 import json
@@ -13,10 +18,13 @@ from typing import Any
 from tqdm import tqdm
 
 from course_utils.checkpoint import Checkpoints
+from course_utils.devices import DEVICES
+from course_utils.jobs import job_for, job_from
 from course_utils.precision import LOW_PRECISION, PRECISIONS
-from course_utils.processes import StageError
+from course_utils.processes import StageError, launch
 from course_utils.recipes import RECIPES, with_precision
 from course_utils.schedules import POLICIES, SCHEDULES
+from course_utils.torchrun import run_this_rank
 from course_utils.training import Step, TrainingResult, train
 
 
@@ -56,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     option("--steps", "how often the weights change", type=int)
     option("--batch-size", "numbers per step", type=int)
     option("--seed", "of weights, batches and dropout", type=int)
+    option("--device", "where the stages compute", choices=DEVICES)
     option("--precision", "of matrix products; auto measures", choices=PRECISIONS)
     option("--rematerialisation", "forwards that are computed again instead of kept", choices=POLICIES)
     option("--wire-dtype", "what messages are rounded to", choices=LOW_PRECISION)
@@ -75,15 +84,20 @@ def train_command(options: argparse.Namespace) -> int:
     recipe = RECIPES[options.recipe]
     given = {name: value for name, value in vars(options).items() if hasattr(recipe, name) and value is not None}
     config = replace(recipe, **given)
-    if options.out is not None:
+    job = job_from() and job_for(config.stages)
+    # Of the ranks of a job, the last one tells how it goes: it has the last stage, and so the losses as they come.
+    tells = job is None or job.rank == job.world_size - 1
+    if options.out is not None and tells:
         check_writable("--out", options.out)
     if options.checkpoints is not None:
         check_writable("--checkpoints", options.checkpoints, mode=0o700)  # as `Checkpoints` makes it
     config = with_precision(config)
     shape = f"{config.stages} stages, {config.micro_batches} micro-batches, schedule {config.schedule}"
-    print(f"{shape}, {config.precision}", flush=True)
+    if tells:
+        print(f"{shape}, {config.precision}", flush=True)
     form = "{n}/{total} [{remaining} left{postfix}]"  # a bar would leave no room for the figures in a terminal
-    with tqdm(total=config.steps, disable=None, bar_format=form, postfix="starting the stages") as bar:
+    hidden = None if tells else True  # None: where standard error is no terminal
+    with tqdm(total=config.steps, disable=hidden, bar_format=form, postfix="starting the stages") as bar:
         started, tokens = time.perf_counter(), 0
 
         def show(step: Step) -> None:
@@ -98,11 +112,14 @@ def train_command(options: argparse.Namespace) -> int:
 
         result = train(
             config,
+            run=launch if job is None else run_this_rank,
             on_step=show,
             checkpoints=options.checkpoints and Checkpoints(options.checkpoints, on_failure="continue"),
             save_every=options.save_every,
             resume=options.resume,
         )
+    if not tells:
+        return 0
     first = result.steps[0].number if result.steps else config.steps
     print(
         f"{f'resumed after step {first}: ' if options.resume and first else ''}"
@@ -124,6 +141,7 @@ def summary(result: TrainingResult) -> dict[str, Any]:
         "stages": result.config.stages,
         "micro_batches": result.config.micro_batches,
         "schedule": result.config.schedule,
+        "device": result.config.device,
         "precision": result.config.precision,
         "rematerialisation": result.config.rematerialisation,
         "wire_dtype": result.config.wire_dtype,

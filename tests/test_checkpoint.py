@@ -279,6 +279,19 @@ def test_ranks_that_are_not_in_the_same_state_do_not_save(tmp_path, change, name
     assert latest(tmp_path) is None
 
 
+def test_ranks_that_do_not_see_the_same_folder_do_not_save(tmp_path):
+    """As on two machines whose folder of that name is not shared."""
+
+    def of_rank(worker: Worker) -> SaveReport:
+        checkpoints = Checkpoints(tmp_path / f"machine_{worker.rank}", on_failure="continue")
+        return checkpoints.save(worker.transport, rank_state(1, worker.rank, 3, 3))
+
+    reports = run_in_threads(of_rank, 3)
+    words = "lacks stage_1.pt, stage_2.pt as rank 0 sees it: all ranks must see the same folder"
+    assert all(words in report.problem for report in reports)
+    assert not list(tmp_path.rglob(MANIFEST))
+
+
 def test_a_rank_that_does_not_come_is_not_waited_for_without_end(tmp_path):
     save(tmp_path, 1)
 

@@ -7,14 +7,17 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
+import torch
 
 from course_utils import commands, reference
 from course_utils.commands import main
 from course_utils.recipes import RECIPES
 
 TRAIN = ["train", "--steps", "2", "--batch-size", "16", "--micro-batches", "4"]
+HAS_GPU = torch.cuda.is_available()
 
 
 @pytest.mark.processes
@@ -67,6 +70,42 @@ def test_options_replace_fields_of_the_recipe(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("environment", "run", "tells"),
+    [
+        ({}, commands.launch, True),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, commands.launch, True),  # a shell that srun has started
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, commands.run_this_rank, True),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, commands.run_this_rank, False),
+    ],
+)
+def test_a_rank_that_a_launcher_has_started_joins_the_others(monkeypatch, tmp_path, capsys, environment, run, tells):
+    """Of those ranks only the last one, which has the losses, prints and writes."""
+    seen = []
+
+    def stop(config, **options):
+        seen.append(options["run"])
+        raise ValueError("seen")
+
+    monkeypatch.setattr(commands, "train", stop)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    main([*TRAIN, "--out", str(tmp_path / "out")])
+    assert seen == [run]
+    assert bool(capsys.readouterr().out) == tells == (tmp_path / "out").exists()
+
+
+def test_too_few_ranks_are_told_before_anything_is_written(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(commands, "train", None)  # not even called
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    folders = ["--out", str(tmp_path / "out"), "--checkpoints", str(tmp_path / "run")]
+    assert main([*TRAIN, "--stages", "3", *folders]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: WORLD_SIZE is 2, but there are 3 ranks to run") and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
     ("arguments", "named"),
     [
         (["--stages", "0"], "8 blocks into 0 stages"),
@@ -74,6 +113,7 @@ def test_options_replace_fields_of_the_recipe(tmp_path, monkeypatch):
         (["--micro-batches", "1000"], "micro-batches is 1000"),
         (["--steps", "-3"], "steps is -3"),
         (["--precision", "fp16"], "fp16 on a CPU"),
+        pytest.param(["--device", "cuda"], "no CUDA device here", marks=pytest.mark.skipif(HAS_GPU, reason="has one")),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, capsys, arguments, named):
@@ -109,11 +149,16 @@ def test_ctrl_c_stops_it_cleanly():
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell lets what it starts in the background, such as these tests, ignore it.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
-    assert "2 stages" in process.stdout.readline()
-    time.sleep(4)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=30)
+    try:
+        assert "2 stages" in process.stdout.readline()
+        time.sleep(4)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "stopped; no process was left behind" in error
     assert "Traceback" not in error
