@@ -1,11 +1,26 @@
 """What can end a run, and which of several reports is nearest to the cause."""
 
+import errno
+import os
 import signal
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 # Which report is nearest to the cause, and how many seconds after the first report a nearer one may still come in.
 PATIENCE = {"died": 0.0, "exception": 0.05, "timeout": 0.3, "closed": 0.3}
+
+# A full disk, a used-up quota (not on Windows), a disk to be read only, a folder of others, or one that was removed.
+CANNOT_WRITE = (
+    errno.ENOENT,
+    errno.ENOSPC,
+    getattr(errno, "EDQUOT", errno.ENOSPC),
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+)
 
 
 @dataclass
@@ -44,3 +59,25 @@ def death(rank: int, exit_code: int | None) -> Failure:
         name = f"signal {-exit_code}"
     hint = "; the system does so when memory runs out" if name == "SIGKILL" else ""
     return Failure("died", rank, f"its process was killed by {name}{hint}", how=f"killed by signal {-exit_code}")
+
+
+def endless(wait_limit: float) -> Failure:
+    """The failure of a run that is a deadlock."""
+    given_up = f"the run did not wait for {wait_limit:g} s (wait_limit)"
+    return Failure("timeout", None, f"no wait of a deadlock ends: {given_up}")
+
+
+@contextmanager
+def says_what_cannot_be_written(folder: Callable[[], Path | str]) -> Iterator[None]:
+    """Names the folder and the remedy if the few small files of a run cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.errno not in CANNOT_WRITE:
+            raise
+        why = os.strerror(error.errno)
+        raise OSError(
+            error.errno,
+            f"no stage can start, because the files of a run cannot be written to {folder()} ({why}): make room there, "
+            "or set TMPDIR to another folder and start Python again",
+        ) from error

@@ -1,4 +1,4 @@
-"""Bytes and whole messages through the pipes between a caller and its workers.
+"""Bytes, whole messages and lines of output through the pipes between a caller and its workers.
 
 A message is its length and then its bytes. The caller never waits for the second half of a message: it feeds what has
 arrived to `Messages`, so a worker that stops in the middle of one cannot stop its caller too.
@@ -7,11 +7,15 @@ arrived to `Messages`, so a worker that stops in the middle of one cannot stop i
 import os
 import struct
 import sys
+from collections.abc import Callable
 from multiprocessing.connection import Connection
+from typing import Any
 
 LENGTH = struct.Struct("!Q")
 CHUNK = 1 << 20
 RELEASE = b"release"  # the last message to a worker: it may end
+LONGEST_LINE = 16_384  # bytes; a longer one is shown in pieces
+MOST_OUTPUT = 10_000_000  # bytes per stage, as they are shown; a notebook that holds ten times as much cannot be opened
 
 
 def read(pipe: Connection) -> bytes:
@@ -55,3 +59,48 @@ class Messages:
             complete.append(bytes(memoryview(self.pieces)[LENGTH.size : end]))
             del self.pieces[:end]
         return complete
+
+
+class Output:
+    """Cuts what a stage writes into lines to show, and drops what is more than `most` bytes of them.
+
+    Whoever feeds it goes on reading then, so that a stage never waits because its output is dropped.
+    """
+
+    def __init__(self, name: str, most: int = MOST_OUTPUT):
+        self.name, self.most = name, most
+        self.rest = b""  # of a line whose end has not arrived
+        self.shown = 0  # bytes
+        self.is_full = False
+
+    def feed(self, data: bytes) -> list[str]:
+        """Take what `read` returned; return the lines to show now. b"": the end, also of a last line without an end."""
+        if self.is_full:
+            return []
+        *lines, self.rest = (self.rest + data).split(b"\n")
+        if self.rest and (not data or len(self.rest) > LONGEST_LINE):
+            lines.append(self.rest)
+            self.rest = b""
+        texts = []
+        for line in lines:
+            text = f"[{self.name}] {line.decode('utf-8', 'replace')}"
+            self.shown += len(text) + 1
+            if self.shown > self.most:
+                self.is_full, self.rest = True, b""
+                size = f"{self.most / 1e6:g} MB"
+                texts.append(
+                    f"[{self.name}] ... {size} of output are shown; what this stage writes from here on is dropped: "
+                    "let it write to a file instead"
+                )
+                break
+            texts.append(text)
+        return texts
+
+
+def show(lines: list[str], output: Callable[[str], Any] | None) -> None:
+    """Print lines, or give them to the caller's function one by one."""
+    if output is not None:
+        for line in lines:
+            output(line)
+    elif lines:  # in one piece: in a notebook each piece takes as long as a hundred lines
+        print("\n".join(lines), flush=True)

@@ -7,32 +7,54 @@ file counts from the next run on.
 
 import atexit
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
 import time
+import warnings
 from pathlib import Path
+
+import psutil
 
 HOME = Path(__file__).parent
 SERVER = os.getpid()
+PR_SET_CHILD_SUBREAPER = 36  # Linux: this process becomes the parent of those below it that have lost theirs
+SECONDS_TO_END = 2.0
 
 # A session of its own: Ctrl-C in the caller's terminal reaches the caller alone.
 with contextlib.suppress(OSError):
     os.setsid()
 
 
+# What a worker that has died leaves behind falls to the server, which reaps it and should not wonder.
+if hasattr(ctypes.CDLL(None), "prctl"):
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+warnings.filterwarnings("ignore", message="forkserver: waitpid returned unexpected pid")
+
+
 @atexit.register
 def end_with_the_caller() -> None:
-    """The server ends when its caller has gone, even by kill -9: it takes the workers and the temporary files along."""
+    """The server ends when its caller has gone, even by kill -9: with the workers, all below them, and the files."""
     if os.getpid() != SERVER:
         return
-    for _ in range(50):  # a worker that is still starting may put a file into a folder that is being removed
-        shutil.rmtree(HOME, ignore_errors=True)
-        if not HOME.exists():
-            break
-        time.sleep(0.01)
+    give_up = time.monotonic() + SECONDS_TO_END
+    while end_all_below() and time.monotonic() < give_up:  # until nothing is left that could start another
+        time.sleep(0.002)
+    shutil.rmtree(HOME, ignore_errors=True)
     if os.getpgid(0) == SERVER:
         os.killpg(SERVER, signal.SIGKILL)
+
+
+def end_all_below() -> bool:
+    """Whether there was anything to end."""
+    found = False
+    for one in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if one.status() != psutil.STATUS_ZOMBIE:
+                found = True
+                one.kill()
+    return found
 
 
 try:

@@ -1,4 +1,5 @@
 """Where worker processes come from: forked in milliseconds by a server that has torch loaded, or started afresh.
+And how what they have started themselves ends with them.
 
 The server is multiprocessing's forkserver, one per caller, started with the first run. Its socket and the folders of
 the runs that it serves lie in one folder, the *home* (mode 0700), which is removed when the caller ends.
@@ -6,6 +7,7 @@ the runs that it serves lie in one folder, the *home* (mode 0700), which is remo
 
 import atexit
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import shutil
@@ -15,19 +17,25 @@ import tempfile
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import process, resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # otherwise imported where it is needed: workers import this module too and rarely need it
+    import psutil
 
 METHODS = ("forkserver", "spawn")
 PRELOAD = "course_stage_preload"  # the name under which the server imports a copy of _preload.py
+PR_SET_CHILD_SUBREAPER = 36  # prctl: whom Linux makes the parent of processes whose own parent has gone
+SECONDS_TO_END = 2.0  # for what workers have left behind
 LONGEST_FOLDER = 60  # bytes: the path of a Unix socket, which lies two names deeper, holds 104 to 108
 
 lock = threading.RLock()  # held while the process-wide things below are changed for a moment
 home: Path | None = None
 server_pid: int | None = None  # of the server that this module started
+workers: set[int] = set()  # the pids of those that this process has started and not yet seen ended
 
 
 def choose_method(wanted: str | None = None) -> str:
@@ -103,6 +111,7 @@ def start_process(method: str, target: Callable, args: tuple) -> BaseProcess:
         # Whoever starts a process through multiprocessing also polls all that are in this set. One reader of an exit
         # code takes it from the other, so ours are polled by their own run alone.
         process._children.discard(started)  # type: ignore[attr-defined]
+        workers.add(started.pid or 0)
     return started
 
 
@@ -113,6 +122,8 @@ def must_answer(until: float) -> Iterator[None]:
     def kill() -> None:
         if server_pid is not None:
             os.kill(server_pid, signal.SIGKILL)
+            # Until it is dead: multiprocessing must not take it for alive when it is asked for a server the next time.
+            os.waitid(os.P_PID, server_pid, os.WEXITED | os.WNOWAIT)
 
     timer = threading.Timer(max(0.0, until - time.monotonic()), kill)
     timer.daemon = True
@@ -122,6 +133,88 @@ def must_answer(until: float) -> Iterator[None]:
     finally:
         timer.cancel()
         timer.join()
+
+
+def end_stages(stages: Sequence, spare_them: bool) -> None:
+    """End all that the workers of a run have started, and unless they are to be spared the workers too.
+
+    Args:
+        stages: as `_stage_view.Stage`.
+    """
+    for stage in stages:
+        if not spare_them and stage.watched:
+            with contextlib.suppress(Exception):  # it has ended
+                stage.watched.suspend()  # first of all, so that it starts nothing more
+    end_descendants({stage.process.pid for stage in stages})
+    for stage in stages:
+        if not spare_them:
+            if stage.watched:
+                end_group(stage.watched)
+            stage.process.kill()
+
+
+def lead_a_family() -> None:
+    """In a worker: head a group of its own, and on Linux be the new parent of whatever loses its parent below it.
+
+    So all that the worker starts can be found as long as it lives, even a daemon that has forked twice and made a
+    session. When it has died they fall to the server, or where there is none only the rest of its group can be found.
+    On Windows only what a worker has started directly, and that in turn, is found.
+    """
+    if sys.platform != "win32":
+        with contextlib.suppress(OSError):  # it leads a session already
+            os.setpgid(0, 0)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def end_descendants(pids: set[int]) -> None:
+    """Kill all that these workers have started, but not the workers. Takes at most SECONDS_TO_END."""
+    give_up = time.monotonic() + SECONDS_TO_END
+    while (found := descendants(pids)) and time.monotonic() < give_up:  # again: they may have started others meanwhile
+        for one in found:
+            with contextlib.suppress(Exception):  # it has ended
+                one.kill()
+        time.sleep(0.002)
+
+
+def descendants(pids: set[int]) -> "list[psutil.Process]":
+    """What these processes below this one have started, and what was started by workers that are dead."""
+    import psutil
+
+    found, family = [], set(pids)
+    is_locked = lock.acquire(timeout=SECONDS_TO_END)  # so that no worker is just being started
+    try:
+        for one in psutil.Process().children(recursive=True):  # a parent comes before its children
+            with contextlib.suppress(psutil.Error, OSError):
+                if one.ppid() in family or is_locked and is_orphan(one):
+                    family.add(one.pid)
+                    if one.status() != psutil.STATUS_ZOMBIE:
+                        found.append(one)
+    finally:
+        if is_locked:
+            lock.release()
+    return found
+
+
+def is_orphan(one: "psutil.Process") -> bool:
+    """Whether it has fallen to the server because the worker that started it has died.
+
+    What the server itself has forked is a worker, or the caller's own and known to multiprocessing, or in its group.
+    """
+    if sys.platform == "win32" or server_pid is None or one.ppid() != server_pid:
+        return False
+    known = {child.pid for child in list(process._children)}  # type: ignore[attr-defined]
+    return one.pid not in known | workers and os.getpgid(one.pid) != server_pid
+
+
+def end_group(worker: "psutil.Process") -> None:
+    """Kill a worker and the rest of its group, also if it has died itself."""
+    import psutil
+
+    if sys.platform == "win32" or not worker.is_running() and psutil.pid_exists(worker.pid):
+        return  # the number has gone to another process: nothing is left of the group
+    with contextlib.suppress(OSError):  # nothing is left of it
+        os.killpg(worker.pid, signal.SIGKILL)
 
 
 def block_interrupt() -> None:
@@ -188,6 +281,7 @@ def forget_server() -> None:
     global home, server_pid, lock
     lock = threading.RLock()
     home = server_pid = None
+    workers.clear()
     forkserver = sys.modules.get("multiprocessing.forkserver")
     server = getattr(forkserver, "_forkserver", None)
     if server is not None and server._forkserver_pid is not None:

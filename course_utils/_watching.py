@@ -4,11 +4,10 @@ A thread, because an interrupt of the caller's cell reaches its main thread only
 so that whatever happens no process and no file is left.
 """
 
-import atexit
-import os
 import pickle
 import queue
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -22,12 +21,13 @@ from typing import Any
 
 from course_utils import _pipes, _server, _stacks, _stage_view, _status_file, _surroundings, _worker
 from course_utils._by_value import Parcel
-from course_utils._failures import PATIENCE, Failure, RunEnded, death
+from course_utils._failures import PATIENCE, Failure, RunEnded, death, endless, says_what_cannot_be_written
 from course_utils._stage_view import Stage
 from course_utils.waits import RankState, Snapshot, names
 
-LONGEST_LINE = 16_384  # bytes; a longer one is shown in pieces
 SECONDS_TO_END = 2.0  # for a worker that has been released or killed
+LOOK_AGAIN = 1.0  # seconds, for what nothing tells by itself
+DEADLOCK_AFTER = 3.0  # seconds of its youngest wait, before the run is ended
 END = object()  # behind the last event of a run
 active: set["Watcher"] = set()  # in this process; what is left of them ends with it
 
@@ -60,6 +60,7 @@ class Watcher:
         self.stopping = threading.Event()
         self.wake_up, self.waker = Pipe(duplex=False)
         self.stages: list[Stage] = []
+        self.outputs = [_pipes.Output(f"stage {rank}") for rank in range(world_size)]
         self.sources: dict[Any, Callable[[], Any]] = {}  # what to do when something arrives, or a process ends
         self.folder: Path | None = None
         self.sender: threading.Thread | None = None
@@ -69,6 +70,7 @@ class Watcher:
         self.last: Snapshot | None = None
         self.others: list[str] = []
         self.error: BaseException | None = None
+        self.next_look = 0.0  # time.monotonic()
         self.thread = threading.Thread(target=self.run, name="watch over stages", daemon=True)
 
     def stop(self) -> None:
@@ -127,10 +129,11 @@ class Watcher:
     def start_all(self) -> None:
         options = self.options
         self.check_limits()
-        if self.method == "forkserver":
-            _server.start_server(self.check_limits)
-        self.folder = _server.make_run_folder(self.method)
-        _status_file.create(self.folder / "status", self.world_size)
+        with says_what_cannot_be_written(lambda: _server.home or tempfile.gettempdir()):
+            if self.method == "forkserver":
+                _server.start_server(self.check_limits)
+            self.folder = _server.make_run_folder(self.method)
+            _status_file.create(self.folder / "status", self.world_size)
         with _server.must_answer(self.began + options.startup_limit):
             for rank in range(self.world_size):
                 self.check_limits()
@@ -178,8 +181,27 @@ class Watcher:
                 patience = first + PATIENCE[nearest.kind] - time.monotonic()
                 if patience <= 0 or all(stage.has_reported for stage in self.stages):
                     raise RunEnded(nearest)
-            for source in wait(list(self.sources), patience):
+            for source in wait(list(self.sources), LOOK_AGAIN if patience is None else min(patience, LOOK_AGAIN)):
                 self.sources[source]()
+            if not failures:
+                self.look_again()
+
+    def look_again(self) -> None:
+        """Now and then: notice a death of which a fork of the worker, which holds its pipes, keeps us from hearing.
+
+        And a deadlock. It is certain as soon as it is seen (`_status_file.read`); the rest is for those who look on.
+        """
+        if time.monotonic() < self.next_look:
+            return
+        self.next_look = time.monotonic() + LOOK_AGAIN
+        for stage in self.stages:
+            if stage.process.sentinel in self.sources and stage.process.exitcode is not None:
+                self.note_death(stage)
+        now = self.look()
+        circle = now.verdict.ranks if now.verdict.kind == "deadlock" else ()
+        if circle and min(now.states[rank].seconds for rank in circle) >= DEADLOCK_AFTER:
+            self.at_first_failure = now
+            raise RunEnded(endless(self.options.wait_limit))
 
     def check_limits(self) -> float | None:
         """Seconds until the next limit; raises RunEnded if the run was stopped or has passed one."""
@@ -222,17 +244,11 @@ class Watcher:
                 self.note(stage, Failure(cause, stage.rank, summary, trace, at))
 
     def read_output(self, stage: Stage) -> None:
-        """Show what a stage has written, line by line; at the end also a last line without an end."""
+        """Show what a stage has written, line by line; what is too much of it is read too, so that it need not wait."""
         data = _pipes.read(stage.output)
         if not data:
             self.sources.pop(stage.output, None)
-        *lines, stage.line = (stage.line + data).split(b"\n")
-        if stage.line and (not data or len(stage.line) > LONGEST_LINE):
-            lines.append(stage.line)
-            stage.line = b""
-        for line in lines:
-            show = self.options.output or partial(print, flush=True)
-            show(f"[stage {stage.rank}] {line.decode('utf-8', 'replace')}")
+        _pipes.show(self.outputs[stage.rank].feed(data), self.options.output)
 
     def note_death(self, stage: Stage) -> None:
         self.sources.pop(stage.process.sentinel, None)
@@ -249,15 +265,13 @@ class Watcher:
     # ---- end ----
 
     def clean_up(self) -> None:
-        """Release or kill the workers, show the rest of their output, and leave nothing. Bounded in time."""
-        for stage in self.stages:
-            if self.results:
-                with suppress(OSError):
-                    _pipes.send(stage.control, _pipes.RELEASE)
-            else:
-                stage.process.kill()
+        """Release or kill the workers, end what they have started, show the rest of their output. Bounded in time."""
         give_up = time.monotonic() + SECONDS_TO_END
         try:
+            _server.end_stages(self.stages, spare_them=bool(self.results))
+            for stage in self.stages if self.results else []:
+                with suppress(OSError):  # it has died since
+                    _pipes.send(stage.control, _pipes.RELEASE)
             self.show_rest_of_output(give_up)
         finally:
             if self.sender:
@@ -267,6 +281,7 @@ class Watcher:
                 if stage.process.exitcode is None:
                     stage.process.kill()
                     stage.process.join(SECONDS_TO_END)
+                _server.workers.discard(stage.process.pid or 0)
                 stage.control.close()
                 stage.output.close()
                 with suppress(ValueError):  # it runs on in spite of SIGKILL, as in a broken network file system
@@ -279,21 +294,7 @@ class Watcher:
     def show_rest_of_output(self, give_up: float) -> None:
         while pipes := [stage.output for stage in self.stages if stage.output in self.sources]:
             ready = wait(pipes, max(0.0, give_up - time.monotonic()))
-            if not ready:  # a process that a worker has started holds the pipe
+            if not ready or time.monotonic() > give_up:  # a process that could not be found holds the pipe
                 break
             for pipe in ready:
                 self.sources[pipe]()
-
-
-def stop_all() -> None:
-    """At the end of the caller: nothing outlives it."""
-    left = list(active)
-    for watcher in left:
-        watcher.stop()
-    for watcher in left:
-        watcher.done.wait(2 * SECONDS_TO_END)
-
-
-atexit.register(stop_all)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=active.clear)  # they belong to the parent

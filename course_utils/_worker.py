@@ -29,7 +29,7 @@ import cloudpickle
 import torch
 import torch.distributed as dist
 
-from course_utils import _pipes, _stacks
+from course_utils import _pipes, _server, _stacks
 from course_utils._by_value import shorten, show_sources
 from course_utils._status_file import StatusRecord
 from course_utils._surroundings import Settings
@@ -39,11 +39,13 @@ PDEATHSIG = 1  # prctl(PR_SET_PDEATHSIG, signal): Linux sends the signal when th
 # What torch's own errors are and say, for those that do not come through a Transport.
 DIST_ERRORS = (RuntimeError, dist.DistError, dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
 GLOO_TIMEOUTS = ("Timed out", "timed out", "Wait timeout")
+NO_MEMORY = "can't allocate memory"  # on the CPU torch says so in a RuntimeError
 GLOO_LOSSES = ("Connection closed by peer", "Connection reset", "Broken pipe")
 
 
 def main(rank: int, world_size: int, method: str, folder: Path, control: Connection, output: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's: it ends its workers itself
+    _server.lead_a_family()
     end_with_the_caller(method, folder)
     redirect_output(output)
     caller = Caller(control)
@@ -55,10 +57,12 @@ def main(rank: int, world_size: int, method: str, folder: Path, control: Connect
         caller.tell("ready")
         status.computing()
         result = fn(worker, *args)
+        caller.end_a_fork()
         status.ended()
         caller.tell_result(result)
     except BaseException as error:  # SystemExit too: whatever ends the function is the caller's to know
-        caller.tell("failed", *describe(error))
+        caller.end_a_fork(error)
+        caller.tell_failure(error)
     # Hold: as long as this process lives its sockets stay open, so that no other stage fails because of this one before
     # the caller has heard from all and knows the first cause.
     caller.wait_for_release()
@@ -72,7 +76,7 @@ class Caller:
     """The pipe to the caller. If it ends the caller has gone, and so does this process."""
 
     def __init__(self, control: Connection):
-        self.control = control
+        self.control, self.pid = control, os.getpid()
         self.lock = threading.Lock()  # a function may emit from several threads
         self.incoming = _pipes.Messages()
         self.received: list[bytes] = []
@@ -94,6 +98,20 @@ class Caller:
         with self.lock:
             _pipes.send(self.control, message)
 
+    def end_a_fork(self, error: BaseException | None = None) -> None:
+        """A fork of the worker that comes back from the function is no stage: it ends here, and says why it failed."""
+        if os.getpid() != self.pid:
+            if isinstance(error, Exception):
+                traceback.print_exception(error)
+            os._exit(1)
+
+    def tell_failure(self, error: BaseException) -> None:
+        try:
+            self.tell("failed", *describe(error))
+        except MemoryError:  # even for that the function has left too little: let go of what it held
+            traceback.clear_frames(error.__traceback__)
+            self.tell("failed", *describe(error))
+
     def emit(self, event: Any) -> None:
         """Send a small value to the caller, live. Raises TypeError if it cannot be pickled."""
         self.tell_value("event", event)
@@ -102,6 +120,8 @@ class Caller:
         self.tell_value("result", result)
 
     def tell_value(self, kind: str, value: Any) -> None:
+        if os.getpid() != self.pid:
+            raise RuntimeError("a fork of a stage cannot emit events: only the process that launch has started can")
         try:
             message = cloudpickle.dumps((kind, value))
         except Exception as error:
@@ -129,6 +149,9 @@ def end_with_the_caller(method: str, folder: Path) -> None:
     def watch() -> None:
         wait([parent.sentinel])
         shutil.rmtree(folder, ignore_errors=True)
+        _server.end_descendants({os.getpid()})
+        if sys.platform != "win32" and os.getpgid(0) == os.getpid():
+            os.killpg(0, signal.SIGKILL)
         os._exit(1)
 
     threading.Thread(target=watch, name="watch the caller", daemon=True).start()
@@ -258,6 +281,8 @@ def describe(error: BaseException) -> tuple[str, str, str, float]:
     while frames is not None and frames.tb_frame.f_code.co_filename == __file__:
         frames = frames.tb_next
     summary = f"{type(error).__name__}: {error}".rstrip(": ")
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or NO_MEMORY in str(error):
+        summary += " (out of memory: smaller micro-batches, more stages or re-materialisation need less)"
     return kind, summary, "".join(traceback.format_exception(type(error), error, frames)), time.monotonic()
 
 

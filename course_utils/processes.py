@@ -13,6 +13,8 @@ interrupt of the cell ends all of them, with the first cause shown first, and le
     print(run.status())  # who waits for whom now, also while the run is stuck
 """
 
+import atexit
+import os
 import queue
 import threading
 import time
@@ -24,7 +26,7 @@ from typing import Any
 from course_utils import _by_value
 from course_utils._failures import Failure
 from course_utils._stage_view import OF_THE_WHOLE_RUN
-from course_utils._watching import END, Options, Watcher
+from course_utils._watching import END, Options, Watcher, active
 from course_utils.waits import Snapshot, Verdict
 
 POLL = 0.2  # seconds; on Windows a wait without an end could not be interrupted
@@ -35,8 +37,8 @@ class StageError(RuntimeError):
     """A run did not get to its end. The message has what held it up or its first cause, and then what followed from it.
 
     Attributes:
-        kind: "exception" of the function's own, "died" without one, "timeout" of a wait, "closed" by another stage,
-            "limit" of the whole run or of its start, "stopped".
+        kind: "exception" of the function's own, "died" without one, "timeout" of a wait or because of a deadlock,
+            "closed" by another stage, "limit" of the whole run or of its start, "stopped".
         rank: of the stage on which it depends: the one that failed first, or that others waited for because it was
             slow, stood still, or had ended. None if there is no such one, as in a deadlock.
         verdict: what held the run up: see `waits.Verdict`.
@@ -185,7 +187,7 @@ def start(
     Args:
         startup_limit: seconds until all stages must have started and joined their groups.
         limit: seconds for the whole run; None for no limit.
-        wait_limit: seconds that a stage waits for a single message.
+        wait_limit: seconds that a stage waits for a single message; a deadlock is ended after a few.
         output: called with each line instead of print, in a thread of its own.
         on_event: called with (rank, event) for each `worker.emit(event)`, in a thread of its own.
         method: "forkserver" or "spawn"; None for the one that suits this system.
@@ -231,3 +233,17 @@ def wait_for(event: threading.Event, timeout: float | None) -> bool:
         if give_up is not None and time.monotonic() >= give_up:
             return False
     return True
+
+
+def stop_all() -> None:
+    """At the end of the caller: nothing outlives it."""
+    left = list(active)
+    for watcher in left:
+        watcher.stop()
+    for watcher in left:
+        wait_for(watcher.done, SECONDS_TO_STOP)
+
+
+atexit.register(stop_all)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=active.clear)  # they belong to the parent
