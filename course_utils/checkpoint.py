@@ -178,7 +178,9 @@ class Checkpoints:
         sizes = {path.name: path.stat().st_size for path in manifest.folder.glob("stage_*.pt")}
         unseen = [f"stage_{i}.pt" for i, file in enumerate(manifest.stages) if sizes.get(f"stage_{i}.pt") != file.size]
         if unseen and not problem:
-            problem = f"{manifest.folder} lacks {', '.join(unseen)} as rank 0 sees it: all ranks must see the same folder"
+            problem = (
+                f"{manifest.folder} lacks {', '.join(unseen)} as rank 0 sees it: all ranks must see the same folder"
+            )
         problem = problem or attempt(f"{path} could not be written", write_durably, path, manifest.to_json())
         safe = manifest.step - 1 if problem else manifest.step
         left = attempt(f"{self.folder} could not be tidied up", self.tidy_up, safe)
