@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from course_utils.transfer import Gathering, as_bytes
+from course_utils.transfer import as_json, tell_all
 from course_utils.transports import Transport, describe
 
 FORMAT = 1  # to be counted up when older programs cannot read what newer ones write
@@ -211,15 +211,6 @@ class Checkpoints:
 def collect(named: Iterable[tuple[str, Tensor]], optimizer: Optimizer) -> dict[str, ParameterState]:
     """{name: the parameter and what the optimizer keeps for it}, for `RankState`; nothing is copied."""
     return {name: {"value": parameter, **optimizer.state.get(parameter, {})} for name, parameter in named}
-
-
-def tell_all(transport: Transport, mine: Any, what: str) -> list[Any]:
-    """What every rank has to say, by rank. It travels as JSON: nothing that arrives can be code."""
-    text = as_json(mine)
-    lengths = Gathering(transport, 8, what).share(as_bytes(len(text).to_bytes(8)))
-    longest = max(int.from_bytes(length.numpy().tobytes()) for length in lengths)
-    texts = Gathering(transport, longest, what).share(as_bytes(text.ljust(longest)))
-    return [json.loads(text.numpy().tobytes()) for text in texts]
 
 
 def check_and_merge(ranks: list[dict[str, Any]]) -> tuple[list[StageFile], dict[str, str]]:
@@ -427,10 +418,6 @@ def attempt(what: str, function: Callable[..., None], *arguments: Any) -> str:
 
 def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
-
-
-def as_json(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True).encode()
 
 
 def sha256(data: bytes) -> str:

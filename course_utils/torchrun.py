@@ -33,13 +33,14 @@ from torch import Tensor
 
 from course_utils._plain import put_together, raw, room_for, spec_of, take_apart
 from course_utils._worker import describe
-from course_utils.checkpoint import SaveReport, tell_all
+from course_utils.checkpoint import SaveReport
 from course_utils.clocks import estimate_offsets
 from course_utils.jobs import Job, job_for
 from course_utils.processes import StageError
 from course_utils.stages import one_thread
 from course_utils.timeline import Timeline
 from course_utils.training_state import Step
+from course_utils.transfer import tell_all
 from course_utils.transports import TorchTransport, Transport, Worker
 from course_utils.waits import names
 
