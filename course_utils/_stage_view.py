@@ -11,6 +11,7 @@ from course_utils import _pipes, _status_file
 from course_utils._failures import Failure
 from course_utils.waits import RankState, Snapshot
 
+IMITATED = "queues by {} imitated, messages real"
 # Those in which the others have not failed, but it matters what they did.
 OF_THE_WHOLE_RUN = ("timeout", "closed", "limit")
 
@@ -25,7 +26,6 @@ class Stage:
     output: Connection
     watched: psutil.Process | None = field(init=False)  # knows whether it is stopped, and never takes another for it
     messages: _pipes.Messages = field(default_factory=_pipes.Messages)
-    line: bytes = b""
     is_ready: bool = False
     result: list = field(default_factory=list)  # the one result, once it is there
     failure: Failure | None = None
@@ -57,10 +57,11 @@ class Stage:
 def look(folder: Path, stages: list[Stage], world_size: int) -> Snapshot:
     """What the workers do now, from what they write down and from what has become of their processes."""
     states, noun = _status_file.read(folder / "status", world_size)
+    model = _status_file.read_model(folder / "status", world_size)
     somebody_failed = any(stage.failure for stage in stages)
     for stage in stages:
         states[stage.rank] = complete(states[stage.rank], stage, somebody_failed)
-    return Snapshot(states, noun)
+    return Snapshot(states, noun, more="" if model == "buffered" else IMITATED.format(model))
 
 
 def complete(state: RankState, stage: Stage, somebody_failed: bool) -> RankState:
