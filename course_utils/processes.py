@@ -101,7 +101,8 @@ class Run:
         snapshot = self._watcher.look()
         if not stacks:
             return snapshot
-        return replace(snapshot, more="\n".join(f"{snapshot.noun} {r}:\n{s}" for r, s in self.stacks().items()))
+        texts = [f"{snapshot.noun} {rank}:\n{stack}" for rank, stack in self.stacks().items()]
+        return replace(snapshot, more="\n".join(filter(None, [snapshot.more, *texts])))
 
     def stacks(self) -> dict[int, str]:
         """By rank, where in the code each stage is, innermost call first; also of one in a wait, a sleep or a C loop.

@@ -86,6 +86,7 @@ class QueuedTransport:
         self.transport, self.queue_of = transport, QUEUES[queues]
         self.rank, self.world_size, self.wire_device = transport.rank, transport.world_size, transport.wire_device
         self.posts_early = self.queue_of is None  # a receive that was posted early would stand in the way of others
+        self.label = f"measured, {IMITATED.format(queues)}" if self.queue_of else "measured"  # of timelines
         self.lock = threading.Lock()
         self.queues: dict[Hashable, deque[Operation]] = {}
         self.lines: dict[tuple[int, int], deque[Operation]] = {}  # per channel

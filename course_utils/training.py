@@ -87,7 +87,8 @@ def train_rank(
         agreement.open()
         state.optimizer.zero_grad()
         if state.steps_done in recorded:
-            timelines[state.steps_done] = Timeline(worker.world_size, "measured", "seconds")
+            label = getattr(worker.transport, "label", "measured")  # another where queues are imitated
+            timelines[state.steps_done] = Timeline(worker.world_size, label, "seconds")
         pipeline.timeline = timelines.get(state.steps_done)
         num_tokens = sum(m.num_tokens for m in micro_batches)
         losses = pipeline.step(micro_batches, plan, num_tokens, state.dropout_key(), state.scaler.scale)

@@ -81,7 +81,7 @@ class Transport(Protocol):
     (plans, norms, tokens) travel apart from the data of the pipeline. `label` says in words what the message is; it is
     only used to explain a wait.
 
-    `posts_early`: whether receives may be posted long before they are needed. In-process transports that imitate queues
+    `posts_early`: whether receives may be posted long before they are needed. Transports that imitate queues
     say no, because there a receive that was posted early stands in the way of others.
 
     `wire_device`: where tensors of the pipeline must lie to be sent or received; control messages lie on the CPU.
