@@ -66,8 +66,8 @@ def plan(which: str, notebooks: list[str]) -> list[Step]:
     if which == "check":
         return [*steps, Step("quick tests", ("pytest", *two_at_a_time, "-m", QUICK), 120, "quick")]
     # What compares times needs the machine for itself.
-    steps.append(Step("tests", ("pytest", *two_at_a_time, "-m", "not timed"), 600, "tests"))
-    steps.append(Step("timed tests", ("pytest", "-m", "timed"), 120, "timed"))
+    steps.append(Step("tests", ("pytest", *two_at_a_time, "-m", "not timed"), 700, "tests"))
+    steps.append(Step("timed tests", ("pytest", "-m", "timed"), 80, "timed"))
     return [*steps, lessons] if notebooks else steps
 
 

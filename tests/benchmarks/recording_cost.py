@@ -44,7 +44,9 @@ def records_per_step(config: TrainingConfig) -> int:
 
 def record_many() -> None:
     """What the executor does for each interval: it reads the clock before and after, and notes both."""
-    executor: Any = SimpleNamespace(timeline=Timeline(1, "measured", "seconds"), transport=SimpleNamespace(rank=0))
+    executor: Any = SimpleNamespace(
+        timeline=Timeline(1, "measured", "seconds"), transport=SimpleNamespace(rank=0), device="cpu"
+    )
     for micro_batch in range(RECORDS):
         began = time.perf_counter()
         Pipeline.note(executor, "F", Action("F", 0, micro_batch), began)
