@@ -22,8 +22,8 @@ from course_utils.stages import CutModel, one_thread
 from course_utils.threads import run_in_threads
 from course_utils.timeline import Timeline, merge
 from course_utils.training_state import Step, TrainingState, build_rank
-from course_utils.transfer import Gathering, StepAgreement, agree, as_bytes
-from course_utils.transports import PeerLost, Transport, Worker
+from course_utils.transfer import StepAgreement, agree, tell_all
+from course_utils.transports import Transport, Worker
 
 
 @dataclass
@@ -134,10 +134,9 @@ def give_up(transport: Transport, not_finite: str) -> None:
 
     Raises:
         FloatingPointError: on the rank where it begins.
-        PeerLost: with the same text, on the others.
+        PeerLost: on the others, as soon as it has ended.
     """
-    gathering = Gathering(transport, 200, "the place where values cease to be finite")
-    texts = [bytes(t.tolist()).decode().strip() for t in gathering.share(as_bytes(not_finite.encode().ljust(200)))]
+    texts = tell_all(transport, not_finite, "the place where values cease to be finite")
     origins = [rank for rank, text in enumerate(texts) if text] or list(range(len(texts)))
     where = " and ".join(filter(None, texts)) or "no single place in the last step"
     message = (
@@ -145,7 +144,10 @@ def give_up(transport: Transport, not_finite: str) -> None:
         f"Where values cease to be finite: {where}. "
         "Look at that stage's weights and data; a lower learning rate may help."
     )
-    raise (FloatingPointError if transport.rank in origins else PeerLost)(message)
+    if transport.rank not in origins:  # nobody ends, and stops the others with it, before the rank to blame has
+        never_comes = transport.irecv(torch.empty(1), origins[0], "the error that ends the run", control=True)
+        transport.wait(never_comes)
+    raise FloatingPointError(message)
 
 
 def train(
