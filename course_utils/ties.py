@@ -26,9 +26,9 @@ Groups = Sequence[Sequence[str]]  # of names of parameters in the whole model
 
 def check_groups(groups: Groups, cut: CutModel) -> None:
     """Raises ValueError, naming the parameter, for what cannot be tied."""
-    shapes = cut.parameter_shapes
     seen: set[str] = set()
     for group in groups:
+        shapes = cut.parameter_shapes  # only here: a configuration without ties builds no block to know them
         if isinstance(group, str) or len(group) < 2:
             raise ValueError(f"tie has the group {group!r}; a group has the names of two or more parameters")
         for name in group:

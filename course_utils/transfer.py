@@ -220,9 +220,7 @@ def check_digests(transport: Transport, plan: StepPlan, digests: list[bytes]) ->
     """Raises PlanMismatch on all ranks unless all digests, by rank, are the same; all ranks must hold the same list."""
     if len(set(digests)) == 1:
         return
-    own_text = as_bytes(str(plan).encode()[:PLAN_TEXT].ljust(PLAN_TEXT))
-    gathered = Gathering(transport, PLAN_TEXT, "the text of the plan").share(own_text)
-    texts = [text.numpy().tobytes().decode(errors="replace").strip() for text in gathered]
+    texts = tell_all(transport, str(plan), "the text of the plan")
     lines = ["the ranks have different plans for the next step:"]
     for rank, (text, digest) in enumerate(zip(texts, digests, strict=True)):
         lines.append(f"  rank {rank}: {text[:SHOWN_TEXT]} (digest {digest.hex()[:8]})")
@@ -234,8 +232,7 @@ def check_digests(transport: Transport, plan: StepPlan, digests: list[bytes]) ->
     raise PlanMismatch("\n".join(lines))
 
 
-PLAN_TEXT = 16_000  # bytes of a plan's text that are compared
-SHOWN_TEXT = 2000  # characters of it that are shown
+SHOWN_TEXT = 2000  # characters of a plan that are shown
 
 
 class StepAgreement:
