@@ -76,10 +76,10 @@ LESSONS = (
     ),
     Lesson(
         "12",
-        "12_reading_a_run",
-        "Reading a run",
-        "Reading\na run",
-        "where the time of a run went, and what lies beyond GPipe",
+        "12_read_a_trace",
+        "Read a trace, plan a run",
+        "Read\na trace",
+        "what is wrong with a run, and what one costs that you cannot try",
     ),
 )
 

@@ -9,9 +9,12 @@ import math
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from course_utils import _profiler
 
 # What a rank may do: compute, in the letters of `schedules.Action`, or, when a run was recorded, something else.
 COMPUTE = {"F": "forward", "B": "backward", "R": "recompute"}
@@ -207,3 +210,58 @@ def merge(timelines: Sequence[Timeline], offsets: Sequence[float] | None = None)
     first = start.min(initial=math.inf)
     merged.start, merged.end = array("d", (start - first).tobytes()), array("d", (end - first).tobytes())
     return merged.check()
+
+
+def from_profiler(
+    paths: str | Path | Sequence[str | Path],
+    gap: float = 0.001,
+    step: int | None = None,
+    offsets: Sequence[float] | None = None,
+) -> Timeline:
+    """The forwards and backwards in traces that torch.profiler has written of a pipeline, whichever program ran it.
+
+    Only computing is taken: what operators of PyTorch, or kernels of a GPU, did. Marks such as `Forward 3` of
+    torch.distributed.pipelining contain the wait for the message and serve only to tell which micro-batch it was; marks
+    of the form `0F3` (`torch.profiler.record_function("0F3")`, or torch's own `PP:0F3`) tell the stage too. Without
+    marks, autograd's arrows from forward to backward tell the two apart and the micro-batches from each other, and
+    other work (an optimizer's) is left out.
+
+    Traces with kernels of a GPU: by the keys that Kineto documents (`cat`, `External id`); written, not run.
+
+    Args:
+        paths: what `export_chrome_trace` has written, also with the ending .gz: one file for each rank of the pipeline.
+            They are sorted by the rank that they name.
+        gap: seconds; what lies between two operators of one micro-batch is computing (of Python) if it is shorter.
+        step: only what stands inside `ProfilerStep#N`, as `torch.profiler.profile(schedule=...)` marks steps.
+        offsets: for each rank how many seconds its clock is ahead (`merge`). Processes of one host share a clock.
+
+    Returns:
+        A timeline in seconds without waits and sends: they are the time in which nothing is computed. `K` is the number
+        of files. A stage that the trace does not name is the rank.
+
+    Raises:
+        ValueError: a file is no trace or has nothing to take, with its name; two are of one rank; they are of several
+            hosts and there are no offsets.
+        OSError: a file cannot be read.
+    """
+    paths = [paths] if isinstance(paths, str | Path) else list(paths)
+    if not paths:
+        raise ValueError("there is no trace to read; give one file for each rank")
+    traces = [_profiler.read(path, gap * 1e6, step) for path in paths]
+    ranks = [number if trace.rank is None else trace.rank for number, trace in enumerate(traces)]
+    if len(set(ranks)) < len(ranks):
+        raise ValueError(f"the traces are of the ranks {ranks}; give one for each rank of the pipeline")
+    if len({trace.host for trace in traces}) > 1 and offsets is None:
+        hosts = ", ".join(sorted({trace.host for trace in traces}))
+        raise ValueError(f"the traces come from several hosts ({hosts}), whose clocks differ: give offsets, in seconds")
+    traces = [trace for _, trace in sorted(zip(ranks, traces, strict=True), key=lambda pair: pair[0])]
+    first = min(trace.spans[0].start + (trace.base - traces[0].base) / 1e3 for trace in traces)
+    timelines = []
+    for rank, trace in enumerate(traces):
+        timeline = Timeline(len(traces), "measured by torch.profiler", "seconds")
+        zero = first - (trace.base - traces[0].base) / 1e3
+        for start, end, (kind, stage, micro_batch) in trace.spans:
+            place = rank if stage is None else stage
+            timeline.add(rank, kind, place, micro_batch, (start - zero) / 1e6, (end - zero) / 1e6)
+        timelines.append(timeline)
+    return merge(timelines, offsets)
