@@ -17,9 +17,9 @@ from pathlib import Path
 COURSE = Path(__file__).resolve().parents[1]
 RESULTS = COURSE / ".test-results"
 # Seconds on two cores, all steps together.
-BUDGETS = {"test": 1200, "test --smoke": 120, "test --lessons": 360, "check": 150}
-LESSONS_BUDGET = 360  # all of them
-LESSON_BUDGET = {"11": 240}  # the capstone trains a model: 95 s on two fast cores, 200 s on two slow ones
+BUDGETS = {"test": 1320, "test --smoke": 120, "test --lessons": 480, "check": 150}
+LESSONS_BUDGET = 480  # all of them, two at a time
+LESSON_BUDGET = {"11": 150}  # the capstone trains a model
 ANY_LESSON_BUDGET = 45
 # Seconds after which a cell counts as hung, also beside another lesson; tests/nbval_limits.py applies them.
 CELL_LIMIT = {"11": 400}
@@ -81,7 +81,7 @@ def notebooks_of(numbers: list[str]) -> list[str]:
     Raises:
         ValueError: a lesson has no notebook.
     """
-    found = sorted((COURSE / "notebooks").glob("*.ipynb"))
+    found = sorted((COURSE / "notebooks").glob("[0-9][0-9]_*.ipynb"))
     if missing := sorted(set(numbers) - {path.name[:2] for path in found}):
         raise ValueError(f"there is no lesson {missing[0]}; there are {' '.join(path.name[:2] for path in found)}")
     wanted = [path for path in found if not numbers or path.name[:2] in numbers]

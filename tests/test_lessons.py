@@ -13,8 +13,7 @@ from course_utils import course_map
 
 COURSE = Path(__file__).resolve().parents[1]
 START = "00_start_here.ipynb"
-# Lesson 11 is there in a first form and will follow these rules with lessons 08 to 12.
-LESSONS = sorted(path for path in (COURSE / "notebooks").glob("*.ipynb") if path.name[:2] <= "07")
+LESSONS = sorted((COURSE / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 FROM_02 = [path for path in LESSONS if path.name[:2] >= "02"]
 # Definitions that a lesson makes and the package keeps: the same code in both.
 KEPT = {
@@ -31,6 +30,8 @@ KEPT = {
     ("05", "even_sizes"): "number_words",
     ("05", "sum_over_tokens"): "pipeline",
     ("06", "gpipe"): "schedules",
+    ("09", "gradient_norms"): "optimization",
+    ("09", "clip_by_global_norm"): "optimization",
 }
 
 each_lesson = pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
@@ -261,6 +262,30 @@ def test_what_a_lesson_defines_the_package_keeps(lesson, name):
     ]
     kept = (COURSE / f"course_utils/{KEPT[lesson, name]}.py").read_text("utf-8")
     assert normalised("\n".join(sources), name) == normalised(kept, name)
+
+
+# --- The cheat sheet -------------------------------------------------------------------------------------------------
+
+
+def test_the_cheat_sheet_says_what_the_lessons_say():
+    sheet = prose(COURSE / "notebooks/cheat_sheet.ipynb")
+    (hang,) = (path for path in LESSONS if path.name.startswith("03"))
+    questions = re.search(r"## Five questions for a hang\n(.*?) Whatever", prose(hang))[1].split("? ")
+    assert len(questions) == 5
+    for question in questions:
+        assert question.strip(" ?").lower() in sheet.lower()
+    for formula in ("(K − 1) / (M + K − 1) of the *total* time", "(K − 1) / M of the *ideal* time"):
+        assert formula in sheet
+    for number in ("02", "03", "05", "07", "08", "09", "10", "12"):
+        assert f"[{number}]({course_map.lesson(number).file}.ipynb)" in sheet
+
+
+def test_the_bytes_per_parameter_of_the_cheat_sheet_add_up():
+    rows = re.findall(r"^\| .*(?:fp32|16-bit).* \|$", prose(COURSE / "notebooks/cheat_sheet.ipynb"), re.M)
+    for row in rows:
+        weight, gradient, adam, in_all = [sum(map(int, cell.split("+"))) for cell in row.strip("|").split("|")[1:]]
+        assert weight + gradient + adam == in_all
+    assert len(rows) == 2
 
 
 # --- The rules themselves can fail -----------------------------------------------------------------------------------

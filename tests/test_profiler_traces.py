@@ -6,6 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import ScheduleInterleavedZeroBubble
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from course_utils.number_words import batch
@@ -283,3 +287,32 @@ def test_two_stages_on_a_rank_are_told_apart_by_marks(tmp_path):
     read = from_profiler([tmp_path / "0.json", tmp_path / "1.json"])
     for rank, row in enumerate(schedule.actions):
         assert actions(read, rank) == [str(action) for action in row]
+
+
+def profile_interleaved(worker: Worker, folder: str) -> None:
+    """Torch's interleaved schedule, two stages on each of two ranks; torch marks its actions itself."""
+    torch.manual_seed(0)
+    group = worker.transport.data_group  # type: ignore[attr-defined]
+    stages = [
+        PipelineStage(nn.Sequential(nn.Linear(64, 64), nn.ReLU()), index, 4, torch.device("cpu"), group=group)
+        for index in (worker.rank, worker.rank + 2)
+    ]
+    schedule = ScheduleInterleavedZeroBubble(stages, 4, loss_fn=nn.functional.mse_loss)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        if worker.rank == 0:
+            schedule.step(torch.ones(64, 64))
+        else:
+            schedule.step(target=torch.zeros(64, 64), losses=[])
+    profiler.export_chrome_trace(f"{folder}/{worker.rank}.json")
+
+
+@pytest.mark.processes
+def test_torch_s_schedules_of_several_stages_on_a_rank(tmp_path):
+    launch(profile_interleaved, 2, str(tmp_path))
+    read = from_profiler([tmp_path / "0.json", tmp_path / "1.json"])
+    for rank in (0, 1):
+        done = [(i.kind, i.stage, i.micro_batch) for i in read if i.rank == rank]
+        expected = {(kind, stage, m) for kind in "FB" for stage in (rank, rank + 2) for m in range(4)}
+        assert set(done) == expected
+        # Zero bubble: the input's half of a backward and the weights' half, with other work between or not.
+        assert len(done) > len(expected)

@@ -59,6 +59,14 @@ def test_the_readme_names_the_two_commands():
     assert "python course.py lab" in text and "python course.py test" in text and "COURSE_TORCH_INDEX" in text
 
 
+def test_the_readme_s_links_lead_somewhere_and_its_map_has_every_lesson():
+    text = (COURSE / "README.md").read_text("utf-8")
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"https?:|#", link)]
+    assert [link for link in links if not (COURSE / link).exists()] == []
+    for path in (COURSE / "notebooks").glob("*.ipynb"):
+        assert f"notebooks/{path.name}" in links, path.name
+
+
 def test_the_workflow_calls_commands_that_exist():
     jobs = yaml.safe_load((COURSE / ".github/workflows/ci.yml").read_text("utf-8"))["jobs"]
     lines = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
@@ -225,4 +233,4 @@ def test_the_table_shows_each_lesson(monkeypatch, tmp_path):
     (tmp_path / "lessons.xml").write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
     step = run.plan("test", NOTEBOOKS)[-1]
     rows = [text for text, _ in run.table("test", [(step, 0, 110.0)])]
-    assert re.search(r"02_cut +20\.0 +45 +ok$", rows[2]) and re.search(r"11_all +300\.0 +240 +ok, 1\.2 times", rows[3])
+    assert re.search(r"02_cut +20\.0 +45 +ok$", rows[2]) and re.search(r"11_all +300\.0 +150 +ok, 2\.0 times", rows[3])

@@ -381,6 +381,8 @@ check("00.add_up", add_up)
 # **Practise:** give the sweep above the width 512 as well, or `batch_size=256` in `short`, and its limit 120 s instead of 12. Does that change who is
 # faster on your machine?
 #
+# All formulas on one page: the [cheat sheet](cheat_sheet.ipynb).
+#
 # **Next:** [01 · One device](01_one_device.ipynb).
 
 # %% [markdown]
@@ -454,9 +456,17 @@ check("00.add_up", add_up)
 # A tensor that a layer computes in the forward pass. Autograd keeps many of them, because the backward pass needs
 # them. [Lesson 01](01_one_device.ipynb).
 #
+# #### all-reduce
+# A collective after which every rank holds the sum (or the maximum) of what all ranks held. In a ring it takes $2(K-1)$
+# messages one after another. [Lesson 09](09_gradient_clipping.ipynb).
+#
 # #### asynchronous send
 # A send that returns at once, while the message is still under way. The tensor must stay as it is, and the handle
 # must be kept, until the send is known to be done. [Lesson 06](06_the_gpipe_schedule.ipynb).
+#
+# #### autocast
+# A region of code in which PyTorch computes matrix products in 16 bits. It makes the 16-bit copy of a weight at its
+# first use and keeps it until the region ends. [Lesson 08](08_mixed_precision.ipynb).
 #
 # #### backend
 # The library that carries messages for `torch.distributed`: gloo or NCCL. [Lesson
@@ -465,6 +475,10 @@ check("00.add_up", add_up)
 # #### bandwidth
 # How many bytes per second a connection carries once a message is under way. [Lesson
 # 03](03_two_processes_that_talk.ipynb).
+#
+# #### bfloat16
+# A number format of 16 bits, bf16 for short: sign and exponent of float32 and 7 bits of mantissa. It has the range of
+# float32 and about 2 to 3 decimal digits. [Lesson 08](08_mixed_precision.ipynb).
 #
 # #### block
 # The smallest unit into which this course cuts a model, an encoder layer for example: a module that turns a carry
@@ -487,6 +501,11 @@ check("00.add_up", add_up)
 # #### channel
 # A directed pair of ranks, sender and receiver, with the messages that travel between them in order. [Lesson
 # 06](06_the_gpipe_schedule.ipynb).
+#
+# #### checkpoint
+# What a run needs to go on after it was ended: the weights, Adam's numbers, and the state of the learning rate and of
+# the loss scale, saved by every stage. It counts only when all stages have written theirs. [Lesson
+# 11](11_train_it_all.ipynb).
 #
 # #### collective
 # An operation in which all ranks of a group must take part, such as a barrier or an all-reduce. If one rank does not
@@ -511,6 +530,10 @@ check("00.add_up", add_up)
 # The stages sleep instead of computing, and the messages are real. So a few cores can show the timing of many stages;
 # pictures say it on their labels. [Lesson 04](04_naive_model_parallelism.ipynb).
 #
+# #### exact match
+# The share of answers in which every word is right. An answer with one wrong word counts as wrong. [Lesson
+# 11](11_train_it_all.ipynb).
+#
 # #### executor
 # The loop that carries out a rank's actions in the order that the schedule says. [Lesson
 # 06](06_the_gpipe_schedule.ipynb).
@@ -525,7 +548,7 @@ check("00.add_up", add_up)
 #
 # #### global norm
 # The norm of all gradients of the model taken together, over all stages. Clipping by a stage's own norm would change
-# the direction of the step. [Lesson 11](11_train_it_all.ipynb).
+# the direction of the step. [Lesson 09](09_gradient_clipping.ipynb).
 #
 # #### gloo
 # The backend that PyTorch uses for messages between processors. A send of gloo moves only after its receive is
@@ -538,11 +561,19 @@ check("00.add_up", add_up)
 # #### gradient accumulation
 # Adding up the gradients of several micro-batches in `.grad` before the weights change once. [Lesson
 # 05](05_micro_batches.ipynb).
+#
+# #### gradient clipping
+# Scaling the gradient down to a bound wherever its norm is larger, so that no step is too long; its direction stays. In
+# a pipeline the norm is the global norm. [Lesson 09](09_gradient_clipping.ipynb).
 
 # %% [markdown] tags=["glossary"]
 # #### head of line
 # The first message of a queue. While it waits, everything behind it waits too, even what could move. [Lesson
 # 06](06_the_gpipe_schedule.ipynb).
+#
+# #### held-out
+# Numbers that are kept back from training, so that an exam asks for what was learnt and not for what was seen. [Lesson
+# 11](11_train_it_all.ipynb).
 #
 # #### ideal time
 # How long a step would take if no rank ever stood idle: the work of one rank. [Lesson 07](07_bubble_and_stash.ipynb).
@@ -558,9 +589,13 @@ check("00.add_up", add_up)
 # A tensor that requires a gradient and that no recorded operation has made; `backward()` fills its `.grad`. What a
 # stage receives becomes a leaf. [Lesson 02](02_cut_it.ipynb).
 #
+# #### line delay
+# The time that a message of any size is under way at least, in one direction. A message whose sender first has to hear
+# that its receive is posted costs two. [Lesson 09](09_gradient_clipping.ipynb).
+#
 # #### loss scale
 # A number by which the loss is multiplied so that small gradients do not vanish in float16; gradients are divided by
-# it before they are used. Lesson 08.
+# it before they are used. [Lesson 08](08_mixed_precision.ipynb).
 #
 # #### makespan
 # The time from the first start to the last end of a step, over all ranks. [Lesson 04](04_naive_model_parallelism.ipynb).
@@ -568,6 +603,10 @@ check("00.add_up", add_up)
 # #### mask
 # A tensor of truth values that says which positions attention may look at: no padding, and in the decoder nothing
 # that comes later. [Lesson 01](01_one_device.ipynb).
+#
+# #### master weights
+# The weights in float32 that the optimizer changes, while products use rounded copies of them. In 16 bits small updates
+# would be rounded away. [Lesson 08](08_mixed_precision.ipynb).
 
 # %% [markdown] tags=["glossary"]
 # #### mean of means
@@ -586,7 +625,7 @@ check("00.add_up", add_up)
 # The rows after which the weights change once. [Lesson 05](05_micro_batches.ipynb).
 #
 # #### mixed precision
-# Matrix products in numbers of 16 bits, weights and optimizer in 32. Lesson 08.
+# Matrix products in numbers of 16 bits, weights and optimizer in 32. [Lesson 08](08_mixed_precision.ipynb).
 #
 # #### naive model parallelism
 # The model is cut into stages, and one micro-batch at a time goes through all of them, forward and then backward. One
@@ -671,6 +710,10 @@ check("00.add_up", add_up)
 # #### token-weighted loss
 # The sum over all tokens of a mini-batch divided by their number, so that every token weighs the same however the
 # batch is cut. [Lesson 05](05_micro_batches.ipynb).
+#
+# #### underflow
+# A number becomes 0 because it is too small for its format. A loss scale protects gradients in float16 from it. [Lesson
+# 08](08_mixed_precision.ipynb).
 #
 # #### utilisation
 # The share of a step's time in which a rank computes. [Lesson 04](04_naive_model_parallelism.ipynb).

@@ -536,9 +536,10 @@ print(status.verdict)
 # `course_utils/links.py`; `launch` and `start` in `course_utils/processes.py`; the sentences in
 # `course_utils/waits.py`.
 #
-# **Practise:** let three ranks pass a tensor round a ring, each to the next one. Write it so that all send first, and
-# read the circle that `run_in_threads` names; then mend it. After that give rank 1 in `wrong_shape` too small a
+# **Practise:** let three ranks pass a tensor round a ring, each to the next one. Let all send first, and
+# read the circle that `run_in_threads` names; mend it. Then give rank 1 in `wrong_shape` too small a
 # buffer, `(1, 3)`, and read what the run says.
+# Exercises: [unit 03](../exercises/03_two_processes_that_talk/03_two_processes_that_talk.ipynb) (to come).
 #
 # **Next:** [04 · Naive model parallelism](04_naive_model_parallelism.ipynb)
 

@@ -311,7 +311,7 @@ for schedule, name in ((naive(2, 4), "naive"), (gpipe(2, 4), "GPipe")):
 # %% [markdown]
 # ## Each rank its own optimizer
 # Adam treats every weight by itself, so each rank simply steps an optimizer of its own over its own weights. No
-# message should be needed. (What is *not* local, the norm for clipping, is the subject of lesson 09.) `learn` repeats
+# message should be needed. (What is *not* local, the norm for clipping, is the subject of [lesson 09](09_gradient_clipping.ipynb).) `learn` repeats
 # one mini-batch, and tells of its rank the losses, the number of weights, which parameters never changed, and the
 # digests of all weights.
 
@@ -445,6 +445,7 @@ show(draw_prediction(guess), says=describe_prediction(guess))
 # **Practise:** in a copy of `timed_step` let rank 0 `continue` with the next micro-batch as soon as it has sent, and
 # let rank 1 send nothing back. Train with it: `launch(learn, 2, cut, micro_batches, num_tokens, 10, your_step)`. Does
 # the loss on rank 1, `curve`, fall? Which weights are `unchanged`, and what else would have told you?
+# Exercises: [unit 04](../exercises/04_naive_model_parallelism/04_naive_model_parallelism.ipynb) (to come).
 #
 # **Next:** [05 · Micro-batches](05_micro_batches.ipynb)
 

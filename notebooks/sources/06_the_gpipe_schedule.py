@@ -313,7 +313,7 @@ print(dedent(re.search(r"^ +for number, action.*?hand_on[^\n]+", step, re.DOTALL
 # - **The plan is compared** between ranks before data moves, and **tensors are checked** against it (`transfer.py`).
 # - **An outbox** keeps sends only until the peer must have used them.
 # - **Recording** (`note`): what follows next.
-# - **Autocast** for low precision, and the input as a view of the leaf because of it: lesson 08.
+# - **Autocast** for low precision, and the input as a view of the leaf because of it: [lesson 08](08_mixed_precision.ipynb).
 # - **Recomputation** (`R`), dropout keys, several stages per rank: [lesson 07](07_bubble_and_stash.ipynb) uses the first two.
 #
 # ## The staircase of a real run
@@ -528,6 +528,7 @@ except ScheduleError as error:
 #
 # **Practise:** write a schedule for `parse` with $K=3$, $M=4$ in which stage 2 runs each backward right after its forward. Draw its staircase.
 # Then let stage 0 do the same: what does `validate` say?
+# Exercises: [unit 06](../exercises/06_the_gpipe_schedule/06_the_gpipe_schedule.ipynb) (to come).
 #
 # **Next:** [07 · The bubble and the stash](07_bubble_and_stash.ipynb).
 

@@ -430,8 +430,9 @@ show(draw_lines(kept, *axes), says=describe_lines(kept, *axes))
 #
 # **Practise:** with stages that take 1, 1, 2, 1 forward and twice that backward, simulate $K=4$, $M=8$. Which $M$ brings the bubble
 # below 30 % of the total time? Is there one?
+# Exercises: [unit 07](../exercises/07_bubble_and_stash/07_bubble_and_stash.ipynb) (to come).
 #
-# **Next:** [11 · Train it all](11_train_it_all.ipynb).
+# **Next:** [08 · Mixed precision](08_mixed_precision.ipynb).
 
 # %% [markdown]
 # ## Questions
