@@ -118,38 +118,61 @@ def by_name(computing: list[dict], named: list[tuple[float, float, Label]]) -> l
 def by_arrows(computing: list[dict], events: list[dict], talking: "Cover", gap: float) -> list[tuple[dict, Label]]:
     """Without marks: what autograd runs is a backward, and what its arrows come from is that micro-batch's forward.
 
-    Work to which no arrow leads, an optimizer's for example, is left out. Micro-batches are counted from 0 in the order
-    of their forwards. Raises a ValueError if there is no arrow.
+    A backward goes through its graph from the newest operator to the oldest, so where an arrow comes from later than
+    all before it, the next micro-batch begins: forwards and backwards must run in ascending order. Work in which no
+    arrow begins or ends, an optimizer's for example, is left out. Raises a ValueError if there is no arrow.
     """
-    backward = Cover(e for e in computing if e["name"].startswith(AUTOGRAD))
-    kinds = {is_backward: Label("FB"[is_backward], None, 0) for is_backward in (False, True)}
-    pieces = join([(e, kinds[backward.covers(e["ts"])]) for e in computing], talking, gap)
-    starts = [piece.start for piece in pieces]
-
-    def piece_at(time: float) -> int:
-        return bisect_right(starts, time) - 1
-
-    arrows: dict[Any, dict[str, int]] = defaultdict(dict)
+    autograd = [e for e in computing if e["name"].startswith(AUTOGRAD)]
+    arrows: dict[Any, dict[str, float]] = defaultdict(dict)
     for event in events:
-        if event.get("cat") == "fwdbwd" and starts[0] <= event["ts"] <= pieces[-1].end:
-            arrows[event["id"]][event["ph"]] = piece_at(event["ts"])
-    pairs = {(ends["s"], ends["f"]) for ends in arrows.values() if len(ends) == 2 and ends["s"] != ends["f"]}
-    if not pairs:
+        if event.get("cat") == "fwdbwd":
+            arrows[event["id"]][event["ph"]] = event["ts"]
+    begins = [event["ts"] for event in autograd]
+    groups: list[Group] = []
+    for end, start in sorted((ends["f"], ends["s"]) for ends in arrows.values() if len(ends) == 2):
+        if not begins or not begins[0] <= end:
+            continue  # of another step
+        if not groups or start > groups[-1].newest:
+            groups.append(Group(start, start, begins[bisect_right(begins, end) - 1]))
+        groups[-1] = groups[-1]._replace(oldest=min(start, groups[-1].oldest))
+    if not groups:
         raise ValueError(
             "nothing in it tells which operators belong to a forward or a backward: wrap each in "
             'torch.profiler.record_function("0F3"), for stage 0, forward, micro-batch 3'
         )
-    first = {piece: piece for pair in pairs for piece in pair}  # a piece's micro-batch, by the first piece of it
+    backward = Cover(autograd)
+    labels = {kind: [Label(kind, None, number) for number in range(len(groups))] for kind in "FB"}
+    labelled = []
+    for event in computing:
+        if backward.covers(event["ts"]):
+            number = max(0, bisect_right([group.backward for group in groups], event["ts"]) - 1)
+            labelled.append((event, labels["B"][number]))
+        else:
+            away = [max(group.oldest - event["ts"], event["ts"] - group.newest) for group in groups]
+            labelled.append((event, labels["F"][away.index(min(away))]))
+    ends_of_arrows = sorted(time for ends in arrows.values() for time in ends.values())
+    connected = [piece for piece in join(labelled, talking, gap) if any_in(ends_of_arrows, piece.start, piece.end)]
+    starts = [piece.start for piece in connected]
 
-    def of(piece: int) -> int:
-        return piece if first[piece] == piece else of(first[piece])
+    def is_connected(time: float) -> bool:
+        place = bisect_right(starts, time) - 1
+        return place >= 0 and time < connected[place].end
 
-    for one, other in sorted(pairs):
-        low, high = sorted((of(one), of(other)))
-        first[high] = low
-    order = {piece: number for number, piece in enumerate(sorted({of(piece) for piece in first}))}
-    labels = {piece: Label(pieces[piece].label.kind, None, order[of(piece)]) for piece in first}
-    return [(event, labels[piece]) for event in computing if (piece := piece_at(event["ts"])) in labels]
+    return [(event, label) for event, label in labelled if is_connected(event["ts"])]
+
+
+class Group(NamedTuple):
+    """A micro-batch: the starts of its forward's newest and oldest operator, and of its backward."""
+
+    newest: float
+    oldest: float
+    backward: float
+
+
+def any_in(times: list[float], start: float, end: float) -> bool:
+    """Whether one of some sorted times lies in an interval."""
+    place = bisect_left(times, start)
+    return place < len(times) and times[place] <= end
 
 
 def join(labelled: Iterable[tuple[dict, Label]], talking: "Cover", gap: float) -> list[Span]:
@@ -189,5 +212,4 @@ class Cover:
         return place >= 0 and time < self.ends[place]
 
     def begins_in(self, start: float, end: float) -> bool:
-        place = bisect_left(self.starts, start)
-        return place < len(self.starts) and self.starts[place] <= end
+        return any_in(self.starts, start, end)

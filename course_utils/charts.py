@@ -1,5 +1,6 @@
 """Bars, lines, and a prediction beside its outcome; each with a sentence from the same data, for `plots.show`."""
 
+import statistics
 from collections.abc import Mapping
 
 from matplotlib.figure import Figure
@@ -120,3 +121,46 @@ def describe_prediction(guess: Prediction) -> str:
     """`bubble, K=4, M=8: your prediction 0.3, formula 0.273, measured 0.281 (share of the total time).`"""
     named = ", ".join(f"{name} {in_figures(value)}" for name, value in outcome(guess).items())
     return f"{guess.name}: {named}{f' ({guess.unit})' * bool(guess.unit)}."
+
+
+def settled(kept: Mapping[str, Mapping]) -> dict[str, tuple[float, float]]:
+    """{name: (what you first expected, what was measured)}, of the predictions of `predictions.read` that have both.
+
+    A value that was given after the outcome was known does not count, and no value that has no logarithm.
+    """
+    found = {}
+    for name, fields in kept.items():
+        expected, measured = fields.get("first"), fields.get("measured")
+        if expected is not None and measured is not None and expected > 0 and measured > 0:
+            found[name] = (expected, measured)
+    return found
+
+
+def draw_calibration(pairs: Mapping[str, tuple[float, float]]) -> Figure:
+    """What you expected over what was measured, on two logarithmic axes; on the diagonal they are equal."""
+    figure, axes = new_figure(4.0)
+    values = [value for pair in pairs.values() for value in pair]
+    ends = min(values, default=0.1) / 2, max(values, default=10.0) * 2
+    axes.fill_between(ends, [end / 2 for end in ends], [end * 2 for end in ends], color="#e5e5e5", label="factor 2")
+    axes.plot(ends, ends, color="#404040", linewidth=1, label="as measured")
+    axes.plot([m for _, m in pairs.values()], [e for e, _ in pairs.values()], "o", color=YOURS, label="yours")
+    axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="measured", ylabel="expected")
+    axes.set_title(f"Your {len(pairs)} predictions, each in its own unit")
+    axes.legend(loc="upper left")
+    return figure
+
+
+def describe_calibration(pairs: Mapping[str, tuple[float, float]]) -> str:
+    """How far off they were: half of them, and the farthest; or how to make some."""
+    if not pairs:
+        return (
+            "No predictions are kept. Put numbers in place of None in the cells that call predict(...), in any lesson, "
+            "run them before the experiment, and come back."
+        )
+    factors = {name: max(e / m, m / e) for name, (e, m) in pairs.items()}
+    farthest = max(factors, key=lambda name: factors[name])
+    within = sum(factor <= 2 for factor in factors.values())
+    return (
+        f"{len(pairs)} predictions: half of them were off by a factor of {statistics.median(factors.values()):.3g} or "
+        f"less, {within} by no more than 2. The farthest, by a factor of {factors[farthest]:.3g}: {farthest}."
+    )

@@ -32,6 +32,7 @@ KEPT = {
     ("06", "gpipe"): "schedules",
     ("09", "gradient_norms"): "optimization",
     ("09", "clip_by_global_norm"): "optimization",
+    ("10", "Noam"): "optimization",
 }
 
 each_lesson = pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)

@@ -270,8 +270,9 @@ def test_torch_s_own_engine(schedule, tmp_path):
 
 @pytest.mark.processes
 @pytest.mark.parametrize("engine", [Pipeline, Marked], ids=["by arrows", "by marks"])
-def test_it_agrees_with_what_the_engine_records(engine, tmp_path):
-    schedule = one_f_one_b(2, 4)
+@pytest.mark.parametrize("schedule", [gpipe(2, 4), one_f_one_b(2, 4)], ids=["gpipe", "1f1b"])
+def test_it_agrees_with_what_the_engine_records(schedule, engine, tmp_path):
+    """Receives of our executor are posted early: between two forwards nothing in the trace tells that it waits."""
     own = merge(launch(profile_step, 2, schedule, engine, str(tmp_path)))
     # A machine with other work may stop a process between two operators; the engine counts that as computing too.
     read = from_profiler([tmp_path / "0.json", tmp_path / "1.json"], gap=1.0)

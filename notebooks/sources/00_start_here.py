@@ -494,6 +494,9 @@ check("00.add_up", add_up)
 # equal stages, as a share of the ideal time $(K-1)/M$: always say which one you mean. This lesson and [lesson
 # 07](07_bubble_and_stash.ipynb).
 #
+# #### calibration
+# How well what you expected agrees with what was measured, over many predictions. [Lesson 12](12_read_a_trace.ipynb).
+#
 # #### carry
 # The pair (hidden, memory) that a block takes and hands on. It is all that ever crosses a border. [Lesson
 # 01](01_one_device.ipynb).
@@ -589,6 +592,10 @@ check("00.add_up", add_up)
 # A tensor that requires a gradient and that no recorded operation has made; `backward()` fills its `.grad`. What a
 # stage receives becomes a leaf. [Lesson 02](02_cut_it.ipynb).
 #
+# #### learning-rate schedule
+# A rule that says which learning rate each step has. If it depends on the number of the step alone, every stage can
+# follow it without a message. [Lesson 10](10_noam_warm_up.ipynb).
+#
 # #### line delay
 # The time that a message of any size is under way at least, in one direction. A message whose sender first has to hear
 # that its receive is posted costs two. [Lesson 09](09_gradient_clipping.ipynb).
@@ -627,6 +634,10 @@ check("00.add_up", add_up)
 # #### mixed precision
 # Matrix products in numbers of 16 bits, weights and optimizer in 32. [Lesson 08](08_mixed_precision.ipynb).
 #
+# #### model flops utilisation
+# The floating-point operations that the model needs for a step, over the time of the step times the peak of all
+# devices. What is computed twice does not count. [Lesson 12](12_read_a_trace.ipynb).
+#
 # #### naive model parallelism
 # The model is cut into stages, and one micro-batch at a time goes through all of them, forward and then backward. One
 # rank works while the others wait. [Lesson 04](04_naive_model_parallelism.ipynb).
@@ -644,6 +655,14 @@ check("00.add_up", add_up)
 #
 # #### peak stash
 # The most micro-batches, or bytes, that a rank keeps at once during a step. [Lesson 07](07_bubble_and_stash.ipynb).
+#
+# #### post-norm
+# A Transformer layer that adds to the residual stream and then normalises the sum, as in Vaswani et al. (2017). [Lesson
+# 10](10_noam_warm_up.ipynb).
+#
+# #### pre-norm
+# A Transformer layer that normalises its input, computes, and adds the result to the residual stream, which itself
+# stays as it is. [Lesson 10](10_noam_warm_up.ipynb).
 #
 # #### process
 # A running program with memory of its own. Stages in different processes see nothing of each other but messages.
@@ -711,6 +730,10 @@ check("00.add_up", add_up)
 # The sum over all tokens of a mini-batch divided by their number, so that every token weighs the same however the
 # batch is cut. [Lesson 05](05_micro_batches.ipynb).
 #
+# #### trace
+# What a profiler has recorded of a program: events with a start, a length and a name, in a file that a viewer shows.
+# [Lesson 12](12_read_a_trace.ipynb).
+#
 # #### underflow
 # A number becomes 0 because it is too small for its format. A loss scale protects gradients in float16 from it. [Lesson
 # 08](08_mixed_precision.ipynb).
@@ -724,6 +747,10 @@ check("00.add_up", add_up)
 #
 # #### wait-for graph
 # Who waits for whom. A circle in it is a deadlock. [Lesson 03](03_two_processes_that_talk.ipynb).
+#
+# #### warm-up
+# The first steps of a run, in which the learning rate rises from almost 0 to its peak. [Lesson
+# 10](10_noam_warm_up.ipynb).
 #
 # #### world size
 # How many processes a run has. [Lesson 03](03_two_processes_that_talk.ipynb).
