@@ -8,11 +8,14 @@ from course_utils import course_map, predictions
 from course_utils.charts import (
     LINES,
     describe_bars,
+    describe_calibration,
     describe_lines,
     describe_prediction,
     draw_bars,
+    draw_calibration,
     draw_lines,
     draw_prediction,
+    settled,
 )
 from course_utils.predictions import predict, read
 
@@ -121,3 +124,32 @@ def test_numbers_on_pictures_have_no_exponents():
 def test_lines_of_what_cannot_be_negative_begin_at_zero():
     assert draw_lines({"a": {1: 70.0, 2: 90.0}}, "M", "ms").axes[0].get_ylim()[0] == 0
     assert draw_lines({"a": {1: -1.0, 2: 90.0}}, "M", "ms").axes[0].get_ylim()[0] < 0
+
+
+# --- Over the whole course -------------------------------------------------------------------------------------------
+
+
+def test_what_was_expected_first_is_compared_with_what_was_measured(capsys):
+    for name, value, measured in [
+        ("a", 0.3, 0.2),
+        ("b", 4.0, 2.0),
+        ("c", 10.0, 1.0),
+        ("d", None, 5.0),
+        ("e", 0.0, 1.0),
+    ]:
+        predict(name, value=value).settle(measured=measured)
+    predict("a", value=0.2).settle(measured=0.2)  # once more, with the outcome known
+    predict("never run", value=3.0)
+    pairs = settled(read())
+    assert pairs == {"a": (0.3, 0.2), "b": (4.0, 2.0), "c": (10.0, 1.0)}
+    assert describe_calibration(pairs) == (
+        "3 predictions: half of them were off by a factor of 2 or less, 2 by no more than 2. The farthest, by a factor "
+        "of 10: c."
+    )
+    points = draw_calibration(pairs).axes[0].lines[-1]
+    assert list(points.get_xdata()) == [0.2, 2.0, 1.0] and list(points.get_ydata()) == [0.3, 4.0, 10.0]
+
+
+def test_without_predictions_it_says_how_to_make_some():
+    assert "Put numbers in place of None" in describe_calibration({})
+    assert "Your 0 predictions" in draw_calibration({}).axes[0].get_title()
