@@ -54,7 +54,7 @@ def read(path: str | Path, gap: float, step: int | None) -> RankTrace:
     path = Path(path)
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            trace = json.load(file)
+            trace = json.loads(file.read())
         events = trace["traceEvents"]
     except (ValueError, KeyError, TypeError, EOFError, gzip.BadGzipFile) as error:
         raise ValueError(
