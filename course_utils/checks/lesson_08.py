@@ -20,9 +20,11 @@ def loss_scaler(answer: Callable) -> str:
     for name in ("unscale", "update"):
         if not callable(getattr(answer, name, None)):
             raise Wrong(f"There is no method {name}. The class needs unscale(parameters) and update(skipped).")
-        if is_unwritten(getattr(answer, name)):
-            raise NotImplementedError(name)
-    look_at_unscale(answer)
+    if is_unwritten(answer.unscale):
+        raise NotImplementedError("unscale")
+    look_at_unscale(answer)  # also while update is not written yet
+    if is_unwritten(answer.update):
+        raise NotImplementedError("update")
     look_at_update(answer)
     return (
         f"Gradients come out divided by the scale, and over {len(SERIES)} steps, {sum(SERIES)} of them skipped, the "
@@ -36,7 +38,14 @@ def look_at_unscale(answer: Callable) -> None:
         parameters.append(nn.Parameter(torch.ones(len(values))))
         parameters[-1].grad = torch.tensor(values)
     parameters.insert(1, nn.Parameter(torch.ones(1)))  # without a gradient
-    scaler.unscale(iter(parameters))
+    try:
+        scaler.unscale(iter(parameters))
+    except (AttributeError, TypeError) as error:
+        if "NoneType" in str(error):
+            raise Wrong(
+                f"It raised {type(error).__name__} on a parameter without a gradient: its .grad is None."
+            ) from error
+        raise
     for parameter in parameters:
         if not torch.equal(parameter.detach(), torch.ones_like(parameter)):
             raise Wrong("unscale has changed a parameter. Only the gradients carry the scale.")

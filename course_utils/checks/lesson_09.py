@@ -34,7 +34,7 @@ def pairs() -> list[tuple[int, nn.Parameter]]:
 def gradient_norms(answer: Callable) -> str:
     own = pairs()
     before = [clone(parameter.grad) for _, parameter in own]
-    came = answer(own, NUM_NORMS)
+    came = call(answer, own, NUM_NORMS)
     right = right_norms(pairs(), NUM_NORMS)
     check_tensor("The vector of norms", right, came)
     unchanged("gradient_norms only looks: the gradient of a parameter", before, [p.grad for _, p in own])
@@ -201,12 +201,15 @@ def look_at_not_finite(answer: Callable, norms: Tensor) -> None:
         )
 
 
-def call(answer: Callable, own: list[nn.Parameter], norms: Tensor, max_norm: float) -> Any:
+def call(answer: Callable, *arguments: Any) -> Any:
+    """What an answer returns. Raises Wrong if it takes a gradient that is None for a tensor."""
     try:
-        return answer(own, norms, max_norm)
+        return answer(*arguments)
     except (AttributeError, TypeError) as error:
         if "NoneType" in str(error):
-            raise Wrong("It failed on a parameter without a gradient: p.grad is None there.") from error
+            raise Wrong(
+                f"It raised {type(error).__name__} on a parameter without a gradient: p.grad is None there."
+            ) from error
         raise
 
 

@@ -11,7 +11,8 @@
 # [underflow](00_start_here.ipynb#underflow), [loss scale](00_start_here.ipynb#loss-scale),
 # [master weights](00_start_here.ipynb#master-weights), [autocast](00_start_here.ipynb#autocast).
 #
-# Lesson 07 paid for a small bubble with memory. Numbers of 16 bits take half of it. Two of the mistakes they bring exist in pipelines only.
+# Lesson 07 paid for a small bubble with memory. A number of 16 bits takes half the memory of a float32. Two of the mistakes that come with it exist in
+# pipelines only.
 
 # %% tags=["where"]
 from course_utils.course_map import where
@@ -21,7 +22,7 @@ where("08")
 # %% [markdown]
 # ## Three formats, bit by bit
 # A floating-point number is a sign, an exponent and a mantissa: $\pm 1.\text{mantissa} \cdot 2^{\text{exponent}}$. Here is 0.1 three times. Compare
-# the exponents first, then the lengths of the mantissas.
+# the lengths of the exponents first, then those of the mantissas. (Exponents are stored with a constant added, another one in fp16.)
 
 # %% tags=["nbval-check-output"]
 import torch
@@ -65,7 +66,7 @@ show(draw_bits(), says=f"Bits of sign, exponent and mantissa: {lengths}.")
 
 # %% [markdown]
 # *bfloat16* is float32 with the last 16 bits cut off, and rounded: the same exponents, so the same range, and a short mantissa. float16 has three more
-# bits of mantissa and three fewer of exponent. What that means in numbers:
+# bits of mantissa than bfloat16, and three fewer of exponent. What that means in numbers:
 
 # %% tags=["nbval-check-output", "claim:formats"]
 for name, (dtype, _) in FORMATS.items():
@@ -77,12 +78,13 @@ assert torch.finfo(torch.float16).max < 1e5 < 1e38 < torch.finfo(torch.bfloat16)
 assert torch.finfo(torch.bfloat16).eps == 8 * torch.finfo(torch.float16).eps
 
 # %% [markdown]
-# So bf16 is coarse, and fp16 is narrow. Mixed precision (Micikevicius et al., 2018) lives with both: matrix products in 16 bits; weights,
-# gradients and optimizer in 32.
+# So bf16 is coarse, and fp16 is narrow. (Below the smallest *normal* number the mantissa loses one bit after the other, until only 0 is left.) Mixed precision (Micikevicius et al., 2018) lives with both: it computes matrix products in 16 bits
+# and keeps weights, gradients and the optimizer's state in 32.
 #
 # ## Small gradients vanish
 # A micro-batch's loss is divided by the tokens of the whole mini-batch, *before* its backward (lesson 05). Suppose these 32 rows belong to a mini-batch of
-# $2^{20}$ tokens. Which share of the gradients that are not 0 becomes 0 in fp16? That is called *underflow*.
+# $2^{20}$ tokens. Here they are computed in float32, then converted. Of those that are not 0, which share becomes 0 in fp16?
+# (A number that becomes 0 because it is too small has *underflowed*.)
 
 # %%
 from course_utils.predictions import predict
@@ -101,7 +103,7 @@ whole, rows = CutModel(small, by_count(6, 1)), batch(range(1000), seed=0, step=0
 
 
 def gradients(loss_scale, num_tokens=2**20):
-    """All gradients of S times the loss, in one vector."""
+    """All gradients of the loss times `loss_scale`, in one vector."""
     model = whole.build(0, seed=0)
     loss = sum_over_tokens(model((None, None), rows)[0], rows, num_tokens)
     (loss * loss_scale).backward()
@@ -131,9 +133,9 @@ def draw_sizes():
         sizes = gradient[gradient != 0].abs().log2().numpy()
         axes.hist(sizes, bins=range(-50, 20), histtype="step", color=colour, label=label, linewidth=1.5)
     axes.axvspan(-50, -25, color="#dddddd", label="0 in fp16")
-    axes.axvspan(16, 20, color="#dddddd", hatch="///", label="infinite in fp16")
+    axes.axvspan(16, 20, facecolor="#ffffff", edgecolor="#808080", hatch="///", label="infinite in fp16")
     axes.set(xlabel="size of a gradient, power of 2", ylabel="number", title="Gradients and the range of fp16")
-    axes.legend(loc="upper right")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.8, 1.0))
     return figure
 
 
@@ -142,7 +144,7 @@ show(draw_sizes(), says=f"Two equal hills, 16 powers of two apart. {describe_pre
 
 # %% [markdown]
 # The hill has room to the right. A *loss scale* $S$ moves it there, because a gradient is linear in the loss: $\nabla(L \cdot S) = S \cdot \nabla L$. Multiply the
-# loss once, divide the gradients once. A power of two changes exponents only, so it changes no bit; other factors round:
+# loss before its backward, divide the gradients after it. A power of two changes exponents only, so no mantissa is rounded; other factors round:
 
 # %% tags=["nbval-check-output", "claim:linear"]
 for S in (2.0**16, 1000.0):
@@ -152,8 +154,9 @@ for S in (2.0**16, 1000.0):
 
 # %% [markdown]
 # ## Master weights
-# Why not keep the weights in 16 bits too? Near 1 the neighbours of a bf16 number are $2^{-7}$ above and $2^{-8}$ below. An update of less than half such a
-# step is rounded away, every time, and a step of Adam is about as large as the learning rate. With 0.0001, which share of the weights is still what it was after 40 steps?
+# Why not keep the weights in 16 bits too? In bf16 the next number above 1 is $2^{-7}$ away, and the one below $2^{-8}$. An update of less than half that
+# distance is rounded away, every time, and a step of Adam is about as large as the learning rate. With a learning rate of 0.0001, which share of the weights has not
+# moved after 40 steps? (Only the stored weights are rounded here; the products stay in float32.)
 
 # %%
 stuck = predict("weights in bf16 that never moved", steps=40, learning_rate=0.0001, unit="%", value=None)
@@ -195,13 +198,13 @@ assert still["bf16", "scales of norms"] == 1 and still["bf16", "weights"] > 0.3 
 print(describe_prediction(stuck.settle(measured=100 * still["bf16", "weights"])))
 
 # %% [markdown]
-# No scale of any norm has learnt anything, and no message said so. (What does not move in float32 either are the rows of tokens that never occur.) A project found all its norms exactly at 1 after whole trainings
+# No scale of any norm has learnt anything, and no message said so. (What does not move in float32 either are embeddings without a gradient: of padding, and of the end, which is only ever predicted.) A project found all its norms exactly at 1 after whole trainings
 # ([speculators#765](https://github.com/vllm-project/speculators/pull/765)). The cure is the paper's: the optimizer works on float32 *master weights*, and products use rounded copies.
 
 # %% [markdown] tags=["stub"]
 # ## Write it first
-# Which $S$? As large as possible, and nobody knows how large that is. So try: a step whose gradients are not all finite is skipped and the scale halved; after
-# `growth_interval` good steps in a row it is doubled.
+# Which $S$? As large as possible, and nobody knows beforehand how large that is. So try: a step whose gradients are not all finite is skipped, and the scale halved;
+# after `growth_interval` good steps in a row it is doubled, and the count begins anew.
 
 # %% tags=["stub", "nbval-check-output"]
 from course_utils.checks import check
@@ -223,7 +226,7 @@ class LossScaler:
 check("08.loss_scaler", LossScaler)
 
 # %% [markdown]
-# The package's, beside `torch.amp.GradScaler` on one device. Steps 1, 2 and 6 overflow by script; a good step takes 1 from the weight.
+# The package's `LossScaler` beside `torch.amp.GradScaler`, on one device. The script makes steps 1, 2 and 6 overflow; a good step takes 1 from the weight.
 
 # %%
 import math
@@ -275,8 +278,8 @@ weight.grad = torch.ones(1)
 torch.amp.GradScaler("cpu").unscale_(torch.optim.SGD([weight]))
 
 # %% [markdown]
-# The second attempt runs. Each stage has its own `LossScaler` and looks at its own gradients: `found_inf`, as torch calls the answer, belongs to one process. Two stages in threads;
-# gradients are rounded to fp16, as a GPU would have them (products here stay float32, because a CPU is many times slower with fp16). $S$ begins at $2^{19}$.
+# The second attempt runs. Each stage has its own `LossScaler` and looks for values that are not finite in its own gradients only. The two stages run in threads, and $S$ begins at $2^{19}$.
+# fp16 is emulated: gradients are rounded to it, products stay in float32.
 
 
 # %%
@@ -295,7 +298,7 @@ def pieces_of(t):
 
 
 # %% [markdown]
-# Look for `shared`: it is all that differs between the mistake and what mends it.
+# Look for `shared`: it is the only difference between the mistake and its cure.
 
 
 # %%
@@ -339,11 +342,11 @@ show(draw_lines(scales, *axes, log_y=True), says=describe_lines(scales, *axes))
 
 # %% [markdown]
 # Stage 1 overflows in the first step, skips and halves. Stage 0 has finite gradients and updates: from now on the stages hold weights of different steps. And the scales
-# part. The last stage multiplies by *its* scale, stage 0 divides by its own larger one, so its gradients are too small by the ratio. Adam hides
-# that. A framework had this fault, with scales of 4 and 8
+# drift apart. The last stage multiplies the loss by *its* scale, stage 0 divides by its own, which is larger, so its gradients are too small by the ratio. Adam divides by
+# the size of the gradients, so the size of its steps does not tell. A framework had this fault, with scales of 4 and 8
 # ([Megatron-Bridge#5591](https://github.com/NVIDIA-NeMo/Megatron-Bridge/pull/5591)).
 #
-# Mended: every rank hears whether *any* rank has overflowed. Same answer, same scale, same step. The reference is one device with torch's scaler:
+# The cure: every rank hears whether *any* rank has overflowed (`tell_all`). Same answer, same scale, same step. The reference is one device with torch's scaler:
 
 
 # %%
@@ -378,12 +381,12 @@ assert one_device == shared != separate
 assert together[0][1] == together[1][1] and any(skipped for _, skipped in together[0][1])
 
 # %% [markdown]
-# The package needs no extra message for it. The ranks exchange the norms of their gradients anyway ([lesson 09](09_gradient_clipping.ipynb)), and a norm
-# that is not finite tells everyone. bf16 has the range of float32 and needs no loss scale; the shared decision it needs all the same.
+# The package needs no extra message for this. The ranks exchange the norms of their gradients anyway ([lesson 09](09_gradient_clipping.ipynb)), and a norm
+# that is not finite tells everyone. bf16 has the range of float32 and needs no loss scale, but it needs the shared decision too.
 #
 # ## One region, one copy
 # *autocast* is a region in which PyTorch computes matrix products in 16 bits. It makes the 16-bit copy of a weight at its first use and keeps it until the region
-# ends. Examples enter it around each forward. In GPipe there are $M$ forwards before the first backward. Against float32, how many bytes are kept for the backwards then?
+# ends. Most examples enter it around each forward. In GPipe there are $M$ forwards before the first backward. How many bytes are then kept for the backwards, in per cent of those that float32 needs?
 
 # %%
 kept_guess = predict("bytes kept, a region per micro-batch", M=8, unit="% of those of float32", value=None)
@@ -427,7 +430,8 @@ kept_guess = kept_guess.settle(measured=100 * each / full)
 # %%
 from course_utils.charts import describe_bars, draw_bars
 
-mebibytes = {f"{name} ({size / full - 1:+.0%})": size / 2**20 for name, size in kept.items()}
+changes = {name: "" if size == full else f" ({size / full - 1:+.0%})" for name, size in kept.items()}
+mebibytes = {name + changes[name]: size / 2**20 for name, size in kept.items()}
 title = "Kept for the backwards of 8 micro-batches, 4 rows each"
 
 # %%
@@ -437,14 +441,14 @@ show(
 )
 
 # %% [markdown]
-# Half the bits, and more bytes: each region casts all weights anew, and the graphs keep the copies, one set per micro-batch. Copies that are not
-# shared have made trainings run out of memory ([pytorch-lightning#21611](https://github.com/Lightning-AI/pytorch-lightning/issues/21611)). The package's executor opens one region around a whole step; backwards run in it with
-# autocast off, and it closes before the optimizer changes the weights: copies that stayed would be old.
+# Half the bits, and more bytes: each region converts all weights anew, and the graphs keep these copies, one set per micro-batch. Copies that are not
+# shared have made trainings run out of memory ([pytorch-lightning#21611](https://github.com/Lightning-AI/pytorch-lightning/issues/21611)). The package's executor opens one region around all forwards and backwards of a step (autocast is off during
+# the backwards). It ends before the optimizer changes the weights, or the copies would be out of date.
 #
 # ## The quiet one: an activation taken for a weight
-# How does autocast know a weight? It keeps copies of float32 *leaves* that require a gradient. What a stage receives is such a leaf
-# ([lesson 02](02_cut_it.ipynb))! The memory is read by both decoder layers. With one kept copy, the gradients of all its uses are added up in bf16 before
-# they become float32. Without the cut there is no leaf, and they are added in float32. `hand_over` is what the second stage does with what arrives:
+# How does autocast recognise a weight? It keeps the copy of every float32 *leaf* that requires a gradient. What a stage receives is such a leaf
+# too ([lesson 02](02_cut_it.ipynb)). The memory (the encoder's output) is read by both decoder layers. With one copy for all of them, its gradients are added up in bf16 and only then
+# converted. Without the cut there is no leaf, each use has a copy of its own, and they are added up in float32. `hand_over` says what the second stage works on:
 
 
 # %%
@@ -476,8 +480,8 @@ for name, hand_over in ways.items():
 assert differ["the leaf"] > 10 and differ["a view of it"] == 0
 
 # %% [markdown]
-# A view is no leaf, so autocast casts it at every use, as it does without a cut. One `view_as` in the executor, and every cut has one fingerprint again.
-# No falling loss would have told. Three numbers of stages, in bf16, with the package:
+# A view is no leaf, so autocast converts it at every use, as it does without a cut. One `view_as` in the executor, and all cuts have one fingerprint again.
+# So small an error shows in no loss curve. With the package, in bf16, on two, three and six stages:
 
 # %% tags=["fingerprint", "claim:same-bits"]
 from dataclasses import replace
@@ -497,7 +501,7 @@ assert train_on_one_device(replace(tiny, precision="fp32")).fingerprint != strin
 
 # %% [markdown]
 # ## What crosses the border
-# Products in bf16: are messages half as long, then? `isend` is watched:
+# Products are in bf16. Are messages half as long, then? We record every call of `isend`:
 
 
 # %%
@@ -533,8 +537,8 @@ for products in (None, bf16):
     assert {dtype for dtype, _ in sent} == {torch.float32}
 
 # %% [markdown]
-# Nothing is saved: a border lies on the residual stream, which sums and norms keep in float32. Halving the bytes is a choice of its own, the package's `wire_dtype="bf16"`: rounded at
-# every border, both ways, with float32 again behind it. How many times as large is the error of the gradient with seven borders as with one?
+# Nothing is saved. What crosses a border is the sum of a layer's input and its output, or a norm of it, and autocast leaves both in float32. Halving the bytes is a choice of its own, the
+# package's `wire_dtype="bf16"`: activations and gradients are rounded before they are sent, and converted back on arrival. How many times as large is the error of the gradient with seven borders as with one?
 
 # %%
 wire_guess = predict("error of bf16 on the wire, K=8 over K=2", unit="times", value=None)
@@ -563,7 +567,7 @@ axes = ("K", "error of the gradient, % of its norm", "16 bits on the wire (stage
 show(draw_lines(errors, *axes), says=f"{describe_lines(errors, *axes)} {describe_prediction(wire_guess)}")
 
 # %% [markdown]
-# Half the bytes, an error that grows with $K$, and the end of equal fingerprints: another cut rounds elsewhere. So it is off unless you ask for it.
+# Half the bytes, at the price of an error that grows with $K$ and of equal fingerprints: another cut rounds at other places. So it is off unless you ask for it.
 #
 # ## bf16 against fp16
 # What this lesson has measured of the two:
@@ -585,8 +589,8 @@ for what, values in table.items():
 # fp16 is finer and needs a loss scale; bf16 is coarser and needs none. Both need master weights and one decision for all stages.
 #
 # ## Is it faster here?
-# On CPUs bf16 pays only with instructions for it; without them it is emulated. One encoder layer, forward and backward, on 4 rows as in a micro-batch and on 64 at once: how long does the larger take in bf16 on
-# *this* machine?
+# A CPU without instructions for bf16 emulates it. We time one encoder layer, forward and backward, on 4 rows, a small micro-batch, and on 64. How long do the 64 take in bf16 on
+# *this* machine, against float32?
 
 # %%
 time_guess = predict("time of a layer in bf16", rows=64, unit="times that in float32", value=None)
@@ -631,10 +635,11 @@ from course_utils.charts import draw_prediction
 show(draw_prediction(time_guess), says=describe_prediction(time_guess))
 
 # %% [markdown]
-# Never take this ratio from another machine or another size: every operand is converted first, which small products may not earn back. `auto` measures a layer and decides.
+# Never take this ratio from another machine or another size: every operand is converted first, which costs small products more than they gain. `auto` measures a layer of your model on a micro-batch of your
+# size.
 #
 # ## The names of today
-# The article that this course started from imports both tools from `torch.cuda.amp`. What PyTorch says to that:
+# Older articles, also the one that this course started from, import both tools from `torch.cuda.amp`. What PyTorch says to that:
 
 # %%
 import warnings
@@ -660,19 +665,19 @@ assert scaler.is_enabled() and old[0].is_enabled() == torch.cuda.is_available()
 # - $\nabla(L \cdot S) = S \cdot \nabla L$, to the last bit if $S$ is a power of two. <!-- shown: linear -->
 # - Without float32 master weights, small updates are lost. <!-- shown: master -->
 # - Our `LossScaler` does on one device what torch's does. <!-- shown: as-torch -->
-# - Stages that decide for themselves part after the first overflow. <!-- shown: diverge -->
-# - With one decision for all they have the bits of one device with torch's scaler. <!-- shown: shared -->
+# - Stages that decide for themselves drift apart after the first overflow. <!-- shown: diverge -->
+# - With one decision for all, they have the bits of one device with torch's scaler. <!-- shown: shared -->
 # - autocast per micro-batch keeps a copy of the weights for each; one region keeps one. <!-- shown: one-region -->
-# - autocast takes a received activation for a weight; a view prevents it. <!-- shown: view -->
-# - Then bf16 has one fingerprint on one device and on two, three and six stages. <!-- shown: same-bits -->
-# - What crosses a border is float32 all the same. <!-- shown: border -->
+# - autocast takes a received activation for a weight; a view of it prevents that. <!-- shown: view -->
+# - With that view, bf16 has one fingerprint on one device and on two, three and six stages. <!-- shown: same-bits -->
+# - With products in bf16, what crosses a border is still float32. <!-- shown: border -->
 # - 16 bits on the wire halve the bytes, with an error that grows with $K$. <!-- shown: wire -->
 # - `torch.amp` replaces `torch.cuda.amp`, which switches itself off without CUDA. <!-- shown: modern -->
 #
 # **Kept for later:** `autocast`, `resolve` in `course_utils/precision.py`; `LossScaler` in `optimization.py`; the region and the view in
 # `Pipeline.step` and `Pipeline.compute`, `pipeline.py`; `precision`, `loss_scale` and `wire_dtype` of `TrainingConfig`, `recipes.py`.
 #
-# **Practise:** which loss scale could `train_a_rank` keep for ever? Start from $2^{10}$ with a `growth_interval` of 100, and look at the log.
+# **Practise:** from which largest power of two does `run_in_threads(train_a_rank, 2, True)` start without a skipped step? Set `growth_interval` to 100, so that the scale does not grow, and look at the log.
 # Exercises: [unit 08](../exercises/08_mixed_precision/08_mixed_precision.ipynb) (to come).
 #
 # **Next:** [09 · Gradient clipping](09_gradient_clipping.ipynb).
@@ -686,13 +691,13 @@ assert scaler.is_enabled() and old[0].is_enabled() == torch.cuda.is_available()
 
 # %% [markdown] tags=["answers"]
 # ## Answers
-# 1. The cast of a weight is kept until then. After the update it would be a copy of the old weight.
-# 2. All that counts steps: Adam's state, the learning-rate schedule. The scale alone changes, alike on all.
-# 3. A NaN from data or a bad weight can appear on one stage only. The others would update.
-# 4. What crosses it is `hidden`. A norm and the residual sum read it, in float32; no product does, so autocast does not cast it. The memory goes into products of
-#    keys and values at once.
+# 1. The copy of a weight is kept until the region ends. After the update it would be a copy of the old weight.
+# 2. All that counts steps: Adam's state, the learning-rate schedule. Only the scale changes, on all stages alike.
+# 3. A NaN, from data or from a bad weight, can appear on one stage only. The others would update.
+# 4. Only `hidden` crosses it. What reads it is a norm and a sum, in float32, and no product, so autocast makes no copy. The memory is an operand of products, those for
+#    keys and values.
 #
-# To practise: $2^{10}$ for example; no step is skipped then.
+# To practise: $2^{17}$, where stage 1 in the picture has come to rest as well.
 #
 # The class that you were asked to write:
 
@@ -721,7 +726,7 @@ class LossScaler:
 check("08.loss_scaler", LossScaler)
 
 # %% [markdown]
-# The package's adds that the scale stays a finite float32, can be saved, and can be switched off.
+# In the package's class the scale also stays a finite float32, can be saved, and can be switched off.
 #
 # ## References
 # Micikevicius et al., 2018, *Mixed Precision Training*, [arXiv 1710.03740](https://arxiv.org/abs/1710.03740), sections 3.1 to 3.3 · Kalamkar et al., 2019,

@@ -2,7 +2,7 @@
 # # 09 · Gradient clipping
 #
 # **You will be able to** clip by the norm of a whole model whose gradients lie on several ranks, with the bits of one device, and say what
-# that costs over a long line.
+# that costs over a line with a long delay.
 #
 # **You need** lessons [03](03_two_processes_that_talk.ipynb) (messages), [06](06_the_gpipe_schedule.ipynb) (the executor) and
 # [08](08_mixed_precision.ipynb) (the loss scale). **Minutes:** 35 to read, 1 to run.
@@ -25,7 +25,7 @@ where("09")
 #
 # This is *gradient clipping* (Pascanu et al., 2013, section 3.2). A small model on one device will need it: in step 20, and only there, the loss is not
 # divided by the number of tokens ([lesson 05](05_micro_batches.ipynb)). Look for `shorten`: what it does to the gradients is all that differs
-# between two runs.
+# between the two runs.
 
 # %%
 import torch
@@ -90,8 +90,8 @@ def drawable(runs):
 show(draw_lines(drawable(runs), *axes, log_y=True), says=describe_lines(drawable(runs), *axes))
 
 # %% [markdown]
-# A line that ends early goes on above 10,000, or its loss is no number any more: the weights are lost. Clipping does not know that the gradient of step 20 was
-# wrong, it only keeps the step short.
+# The line without clipping ends where the loss exceeds 10,000: the weights are lost. Clipping does not know that the gradient of step 20 was
+# wrong; it only keeps the step short.
 #
 # ## A mistake made on purpose: each stage clips its own
 # $\lVert \nabla L \rVert$ is the root of the sum of the squares of *all* gradients, the *global norm*. `clip_grad_norm_` sees those of one process. Users
@@ -175,15 +175,15 @@ lengths = ", ".join(f"{name}: length {math.hypot(*end):.3f}" for name, end in en
 show(draw_ends(), says=f"After clipping to 0.1, {lengths}. {describe_prediction(turned)}")
 
 # %% [markdown]
-# Clipping multiplies a stage's part by one number, so all happens in the plane of this picture. Two stages whose norms are both above $c$ end with equal norms, on the
-# diagonal, wherever they came from; the step is $\sqrt 2$ times too long as well. And each number of stages turns it by another
-# angle, while nothing fails.
+# Clipping multiplies a stage's part by one number, so two axes are enough for this picture. Two stages whose norms are both above $c$ end with equal norms, on the
+# diagonal, wherever they came from; the step is also $\sqrt 2$ times too long. Each number of stages turns it by another
+# angle, and no error is raised.
 
 # %% [markdown] tags=["stub"]
 # ## Write it first
-# So all ranks need the norms of all. They agree on one vector with a slot for every parameter of the whole model, in model order. A rank fills
-# in its own slots; once the vector is complete on all ranks, each takes the norm of *it*. Write both halves. A norm that is not finite is returned as it is, and no
-# gradient is touched then.
+# So every rank needs the norms of all. They agree on one vector with a slot for every parameter of the whole model, in model order. A rank fills
+# in its own slots; once the vector is complete on all ranks, each takes the norm of *that vector*. Write both halves. If the norm is not finite, return it as it is and leave
+# the gradients alone.
 
 # %% tags=["stub", "nbval-check-output"]
 from course_utils.checks import check
@@ -258,8 +258,8 @@ assert torch.equal(both[0], both[1]) and torch.equal(both[0], apart[0] + apart[1
 print(f"global norm on both ranks: {both[0].norm():.6f}")
 
 # %% [markdown]
-# What does such a collective do inside? One way is a ring: each rank hands a chunk to the next, adds what comes, and after $K-1$ turns every
-# chunk is complete somewhere; $K-1$ more turns spread it. Written out, it is $2(K-1)$ messages, *each of which waits for the one before*:
+# How does such a *collective* (an operation of all ranks) work? One way is a ring. Each rank cuts its vector into $K$ chunks, hands one to the next rank and adds the one that comes; after $K-1$ turns every
+# chunk is complete somewhere, and $K-1$ more turns spread it. So each rank sends $2(K-1)$ messages, *each of which waits for the one before*:
 
 
 # %%
@@ -294,8 +294,8 @@ print("the ring gives the bits of dist.all_reduce; it is right for three and fou
 
 # %% [markdown]
 # ## The same over a long line
-# On loopback a message takes so little that nobody counts it. Over a long line even the smallest takes the time that light needs, the *line delay*. `SlowLine` emulates such a line under
-# real messages: each carries the time at which it was sent, and a wait ends late. It keeps gloo's rule from lesson 06: a message leaves only when the sender
+# Within one machine a message takes so little time that nobody counts it. Over a long line even the smallest takes as long as light needs, the *line delay*. `SlowLine` adds such a delay to
+# real messages: each carries the time at which it was sent, and a wait for it ends later. It keeps gloo's rule from lesson 06: a message leaves only when the sender
 # has heard that its receive is posted. Look for the two delays in `arrival`.
 
 # %%
@@ -303,7 +303,7 @@ import time
 
 
 class SlowLine:
-    posts_early, wire_device = True, "cpu"
+    posts_early, wire_device = True, "cpu"  # what Pipeline asks a transport
 
     def __init__(self, transport, delay=0.020):
         self.transport, self.delay = transport, delay
@@ -333,7 +333,7 @@ class SlowLine:
 delays = predict("line delays of an all-reduce in a ring", K=2, unit="line delays", value=None)  # put your guess here
 
 # %% [markdown]
-# Two rivals: every rank sends its slots to every other rank, directly (`Gathering`, of `course_utils/transfer.py`). Once the receives are posted with the sends, once
+# The alternative: every rank sends its slots directly to every other rank (`Gathering`, in `course_utils/transfer.py`). The receives are posted together with the sends, or
 # earlier, at the start of the step.
 
 # %%
@@ -361,7 +361,7 @@ def ways_over_the_line(worker, slots, repetitions=3):
 
 # %%
 def count_delays(K, name="ring"):
-    """From the last rank's begin to the last rank's end, in delays of the line; the fastest of three."""
+    """From when the last rank began to when the last ended, in line delays; the shortest of three."""
     ranks = launched[K]
     rounds = zip(*(rank[name] for rank in ranks), strict=True)
     return min((max(end for _, end in r) - max(began for began, _ in r)) / 0.020 for r in rounds)
@@ -386,12 +386,12 @@ says = f"{describe_bars(counted, 'line delays', title)} {describe_prediction(del
 show(draw_bars(counted, "line delays", title), says=says)
 
 # %% [markdown]
-# A ring has $2(K-1)$ messages after one another, and each costs two delays: the notice that its receive is there, and itself. Sent directly,
-# no message waits for another. Posted early, the notices have long arrived, and one delay is left.
+# A ring has $2(K-1)$ messages after one another, and each costs two delays: one for the notice that its receive is posted, one for the message. Sent directly,
+# no message waits for another. With receives posted early the notices have arrived long before, and one delay is left.
 #
-# ## None
-# In a run even this one is not paid. Here are runs with sleeping stages over the emulated line: without any exchange, with our all-reduce after each step, and with the direct exchange,
-# posted early. In which of them does a step take equally long?
+# ## In a run, next to none
+# Here are runs with sleeping stages over the emulated line: without any exchange, with our all-reduce after each step, and with the direct exchange,
+# its receives posted early. Which of the last two takes no longer than the first?
 
 # %%
 from course_utils.emulation import SleepingStage
@@ -405,7 +405,7 @@ specs = (CarrySpec(shape, torch.float32, True), None)
 
 # %%
 def emulated_steps(worker, way, num_slots=47, steps=5):
-    """A rank's timeline of a run whose stages only sleep; what the exchange takes is recorded as a wait."""
+    """A rank's timeline of a run whose stages only sleep; the exchange is recorded as a wait."""
     transport, rank = SlowLine(worker.transport), worker.rank
     slots, pieces = torch.zeros(num_slots), 4 * [collate([1])]
     stage = SleepingStage(rank, 2, shape, forward=0.005, backward=0.010, recompute=0.005)
@@ -453,7 +453,7 @@ rounds = [{way: merge([one[way], other[way]]) for way in one} for one, other in 
 periods = {way: min(shortest_step(round[way]) for round in rounds) for way in rounds[0]}
 cost = {way: (period - periods["no exchange"]) / 0.020 for way, period in periods.items()}
 for way in ("all-reduce", "exchange"):
-    print(f"{way}: a step takes {cost[way]:.1f} line delays longer than without any exchange")
+    print(f"{way}: a step takes {round(cost[way], 1) + 0.0:.1f} line delays longer than without any exchange")
 assert cost["all-reduce"] - cost["exchange"] > 2 and cost["exchange"] < 1
 
 # %%
@@ -475,12 +475,12 @@ two_steps = [steps_of(timeline, 2, 4) for timeline in rounds[-1].values()]
 show(draw_timelines(two_steps), says=" ".join(describe_timeline(t, with_bubble=False) for t in two_steps))
 
 # %% [markdown]
-# Look at the gaps between the steps of rank 0. With the all-reduce both ranks stand still for four delays. With the exchange rank 0 ends its step last, and finds the norms of rank 1 there:
-# they left right after the last gradient, and came while rank 0 computed. Rank 1 does wait a delay for the norms of rank 0, but the next activations cannot
-# come sooner: they travel the same line, later. (Root on Linux can time steps over a line that really is slow: `python -m tests.benchmarks.delay_line`.)
+# Look at the gaps between the steps of rank 0. With the all-reduce it stands still for four delays. With the exchange rank 0, which ends its step last, finds the norms of rank 1 there already:
+# they left right after the last gradient, and came while rank 0 computed. Rank 1 does wait for the norms of rank 0, but the next activations could not
+# come sooner: they travel over the same line, later. (Root on Linux can time steps over a line that really is slow: `python -m tests.benchmarks.delay_line`.)
 #
 # The package's exchange is `StepAgreement`. It opens at the step's start, and its message has 32 bytes more, a digest of the next
-# step's plan, so that ranks that do not agree find out before data moves:
+# step's plan, so that ranks whose plans differ find out before data moves:
 
 # %%
 import inspect
@@ -491,7 +491,7 @@ print(inspect.getsource(StepAgreement.share).rpartition('"""')[2])
 
 # %% [markdown]
 # ## A run that clips
-# Now all together: the training loop of one rank, each step clipped to 0.5. `spoil` and `shared` are for mistakes, later; the record takes in the losses and the
+# Now the training loop of one rank, each step clipped to 0.5. `spoil` and `shared` are for mistakes, later; the record, from which fingerprints are made, contains the losses and the
 # *clipped* gradients.
 
 # %%
@@ -572,7 +572,7 @@ for K in (2, 3):
 assert len({*others.values(), *strings.values()}) == 3
 
 # %% [markdown]
-# Three strings, three models. What does clipping cost where messages are fast, on this machine? From the log of rank 0, which
+# Three strings, with the right one: three models. What does clipping cost where messages are fast, on this machine? From the log of rank 0, which
 # ends its backwards last:
 
 # %%
@@ -624,7 +624,7 @@ assert second.grad.isnan().all()
 # ## A mistake made on purpose: clip, then unscale
 # With a loss scale $S$ gradients are $S$ times too large, and so is their norm. One line in the wrong place, as in
 # [pytorch/examples#1196](https://github.com/pytorch/examples/issues/1196), and the bound is compared with $S \lVert \nabla L \rVert$. With
-# $S = 65536$ and $c = 1$: which norm has a step?
+# $S = 65536$ and $c = 1$: what is the norm of a step?
 
 # %%
 unscaled = predict("norm of a step clipped before it is unscaled", S=65536, c=1, value=None)  # put your guess here
@@ -667,10 +667,10 @@ show(draw_lines(drawable(scaled), *axes), says=says)
 
 # %% [markdown]
 # Every step is clipped, to $c/S$, and nothing is learnt. In the right order the run is the one without a loss scale, bit for bit: $S$ is a power of two. (Adam divides by the size of the
-# gradients and hides this mistake: then every step only looks as if its gradient had one and the same norm.)
+# gradients, which hides this mistake.)
 #
 # ## The last bit
-# Instead of a slot per parameter, each rank could send one number: the sum of its squares. It is shorter, and common. Is it the same norm? Out
+# Instead of a slot per parameter, each rank could send one number: the sum of its squares. That is shorter, and common. Does it give the same norm? Out
 # of 200 random gradients on two stages, in how many does the last bit differ from torch's norm on one device?
 
 # %%
@@ -717,7 +717,7 @@ says = f"{describe_bars(differ, 'of 200', title)} {describe_prediction(bits)}"
 show(draw_bars(differ, "of 200", title), says=says)
 
 # %% [markdown]
-# Is so little worth the longer message? The norm is a factor of every gradient:
+# Is one bit worth the longer message? The norm goes into every gradient:
 
 # %% tags=["claim:all-elements"]
 seed = next(seed for seed, (right, _, squares) in enumerate(cases) if squares != right)
@@ -729,9 +729,9 @@ print(f"the slots of the model of this lesson: {4 * len(place)} bytes")
 assert changed > 0
 
 # %% [markdown]
-# From then on no bit of the weights can be compared with one device, and a true mistake hides behind "rounding". A user of torchtitan traced a run that
+# From then on the weights cannot be compared with one device bit by bit, and a true mistake passes for rounding. A user of torchtitan traced a run that
 # left its reference at step 15 to just this sum ([torchtitan#4312](https://github.com/pytorch/torchtitan/pull/4312)). And ranks must
-# *decide* alike: to skip, to clip, to stop. The same vector, reduced in the same order by everyone, is one number on all ranks.
+# *decide* alike: to skip, to clip, to stop. The same vector, reduced in the same order by everyone, gives the same number on all ranks.
 
 # %% [markdown] tags=["summary"]
 # ## What you know now
@@ -739,10 +739,10 @@ assert changed > 0
 # - Clipping by each stage's own norm turns the step, by another angle for every number of stages. <!-- shown: direction -->
 # - An all-reduce of one slot per parameter adds zeros: every rank gets the same bits. <!-- shown: all-reduce -->
 # - A ring of messages does it for any number of ranks. <!-- shown: ring -->
-# - It costs at least $4(K-1)$ line delays over a line that keeps gloo's rule; sent directly, posted early, one. <!-- shown: delays -->
+# - The ring costs at least $4(K-1)$ line delays where gloo's rule holds; norms sent directly, with receives posted early, cost one. <!-- shown: delays -->
 # - In a run the exchange costs less than one line delay per step, the all-reduce several. <!-- shown: none -->
 # - Clipped runs on two and three ranks have the bits of torch's clipping on one device. <!-- shown: same-bits -->
-# - With each stage's own norm every number of stages trains another model. <!-- shown: other-models -->
+# - With each stage's own norm, every number of stages trains another model. <!-- shown: other-models -->
 # - A NaN on one stage makes all ranks skip alike. <!-- shown: skip -->
 # - `clip_grad_norm_` spreads a NaN to every gradient. <!-- shown: nan-spreads -->
 # - Gradients are unscaled first; else every step has norm $c/S$. <!-- shown: unscale -->
@@ -766,12 +766,12 @@ assert changed > 0
 
 # %% [markdown] tags=["answers"]
 # ## Answers
-# 1. No: the others wait for its message. Its slots are zeros, there may be none; its plan and its turn count all the same.
+# 1. No: the others wait for its message, which also carries the digest of its plan. It fills no slot.
 # 2. In a slot one term at most is not zero, so nothing is rounded. Gradients of replicas are all nonzero, and a sum of three rounds differently in another order.
 # 3. When the vector is large. In a ring each rank sends $2(K-1)/K$ of it in all, directly $K-1$ times the whole of it; then bandwidth counts, not latency (lesson 03).
 # 4. $a + b + c$ in another order may differ in the last bit. Two ranks may then scale by different numbers, and close to the bound one may clip and the other not.
 #
-# To practise: nearly two. Rank 1 posts the receives of the next step only when it has the norms of rank 0, and the notice has to travel back before
+# To practise: nearly two. Rank 1 now posts the receives of the next step only when it has the norms of rank 0, and its notice has to travel to rank 0 before
 # the first activations may leave.
 #
 # The functions that you were asked to write:
