@@ -34,7 +34,7 @@ LIMIT = 120.0  # seconds for a run in a process of its own; it takes about three
 # What may be wrong, and what of it can be seen.
 CAUSES = {
     "a slow stage": "the timeline: one rank computes nearly all the time and longer per action, the others wait for it",
-    "too few micro-batches": "the timeline: all ranks compute equally long and wait equally long",
+    "too few micro-batches": "the timeline: all ranks compute equally long and are idle or wait equally long",
     "a slow line": "the timeline: gaps between an action and the one on the next rank that needs its message",
     "gradients divided at a border": "gradient norms: one stage's are the healthy ones, an earlier one's a fraction",
     "gradients of the step before": "gradient norms: in the first step the healthy ones, later on all stages too large",

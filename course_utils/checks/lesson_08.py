@@ -15,7 +15,7 @@ SERIES = [step == "s" for step in "gg" + "s" + "ggg" + "s" + "gggggg" + "ss" + "
 GRADIENTS = [[1024.0, -2048.0], [3.0, 0.0, 512.0]]
 
 
-def loss_scaler(answer: Callable) -> str:
+def loss_scaler(answer: Any) -> str:
     """A class with `scale`, `unscale(parameters)` and `update(skipped)`."""
     for name in ("unscale", "update"):
         if not callable(getattr(answer, name, None)):

@@ -98,6 +98,8 @@ MISTAKES: dict[str, dict[str, Any]] = {
     "The first update has the rate 0, and each later one that of the step before. The formula counts from 1.": {
         "first": 0
     },
+    "The first two updates have the same rate, and each later one that of the step before: the formula counts from 1, "
+    "and self.last_epoch from 0.": {"first": 0, "rise": lambda step: max(step, 1) * WARM_UP**-1.5},
     "Every step has the rate of the next one: the first update should have that of step 1.": {"first": 2},
     "The larger of the two terms was taken. It is the smaller one that counts.": {"join": max},
     "The two terms were added up. It is the smaller one that counts.": {"join": lambda *terms: sum(terms)},

@@ -82,7 +82,7 @@ show(draw_lines(curves, *axes), says=f"{describe_lines(curves, *axes)} {describe
 # ## Write it first
 # A scheduler in PyTorch is a subclass of `LRScheduler`. It has a counter, `last_epoch`, which is 0 before the first step and goes up by one in each `step()`; and the rates that
 # the optimizer was built with, `base_lrs`, one per parameter group. The class asks `get_lr` for the rates, already when it is built, and writes them into
-# the optimizer. What it counts in is saved by `state_dict()`. Write `get_lr`: the rates of the *coming* update, each base rate times the formula.
+# the optimizer. `state_dict()` saves the counter. Write `get_lr`: the rates of the *coming* update, each base rate times the formula.
 
 # %% tags=["stub", "nbval-check-output"]
 from torch.optim.lr_scheduler import LRScheduler
@@ -153,7 +153,7 @@ class CountsFromZero(Noam):
 small_run(CountsFromZero)
 
 # %% [markdown]
-# The error is the better outcome. It comes when the scheduler is built, since that asks for the first rate.
+# The error beats a wrong rate that nobody notices. It comes when the scheduler is built, since that asks for the first rate.
 #
 # ## A mistake made on purpose: the scheduler comes too late
 # The article that this course started from builds Adam with learning rate 0 and lets its scheduler, which is no `LRScheduler`, set the rate *after* the update. So the rate of
@@ -205,8 +205,8 @@ print("torch warns of the order:", "before `optimizer.step()`" in str(said[0].me
 # ## The same on every stage, without a message
 # The global norm of lesson 09 needed a message from every rank. What does the schedule need?
 #
-# Every rank builds its own scheduler, from the same three numbers, and counts the same steps. Here is lesson 09's loop of a rank, with Adam. Look at the `if`: optimizer and scheduler step
-# together or not at all.
+# Every rank builds its own scheduler, from the same three numbers, and counts the same steps. Here is lesson 09's loop of a rank, with Adam. Look at the `if` in `update`: optimizer and scheduler
+# step together or not at all.
 
 # %%
 from course_utils.recipes import TrainingConfig, micro_batches_of, numbers_of

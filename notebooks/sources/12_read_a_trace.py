@@ -18,8 +18,8 @@ where("12")
 
 # %% [markdown]
 # ## Five runs with something wrong
-# The next cell makes five runs, live. Two are emulated; three are the engine of this course with one bug in a copy of it. You get what a person on
-# call gets: a timeline, or losses, rates, norms and a fingerprint beside those of a healthy run, or an error.
+# The next cell makes five runs, live. Two are emulated; three are the engine of this course each with one bug put into a copy of it. Of each run you get what the person
+# on call would get: a timeline; or losses, learning rates, gradient norms and a fingerprint beside those of a healthy run; or an error.
 
 # %%
 from course_utils.mystery import CAUSES, mysteries
@@ -28,8 +28,8 @@ runs = mysteries()
 print(runs["B"])
 
 # %% [markdown]
-# Go through it in this order: the fingerprint says *whether* something is wrong. The first row in which the two columns differ says *what*, and the
-# first step *when*. The next one, `C`, did not come so far:
+# Go through it in this order: the fingerprint says *whether* something is wrong. The first row below it in which the two columns differ says *what*,
+# and the first value that differs says *when*. Run C ended with an error; run E came to its end:
 
 # %%
 print(runs["C"], runs["E"], sep="\n\n")
@@ -49,12 +49,13 @@ show(draw_timeline(runs["A"].timeline), says=describe_timeline(runs["A"].timelin
 show(draw_timeline(runs["D"].timeline), says=describe_timeline(runs["D"].timeline))
 
 # %% [markdown]
-# In which of the two would more micro-batches help? `describe` of [lesson 11](11_train_it_all.ipynb) is there for both, in a cell of your own:
-# `describe(runs["A"].timeline, runs["A"].schedule)`.
+# Dotted and grey time together is the time in which a rank does not compute. In which of the two would more micro-batches help? For the table of
+# [lesson 07](07_bubble_and_stash.ipynb), in a cell of your own: `from course_utils.breakdown import describe`, then
+# `print(describe(runs["A"].timeline, runs["A"].schedule))`.
 
 # %% [markdown] tags=["stub"]
 # ## Write it first
-# Give each run its cause, one of these. The check says what a cause that you named would have shown, not the right one.
+# Give each run its cause, one of those that the cell prints. For a wrong cause the check says what it would have shown; it does not name the right one.
 
 # %% tags=["stub", "nbval-check-output"]
 from course_utils.checks import check
@@ -70,8 +71,8 @@ def diagnose():
 check("12.diagnose", diagnose)
 
 # %% [markdown]
-# The solutions, with each bug as users met it, are under Answers. In runs B and E the loss falls, and that is all that users saw at first.
-# What could be seen, asserted:
+# The solutions, with each bug as users met it, are under Answers. In runs B and E the loss falls, so the loss alone
+# would not have told. The next cell asserts what does:
 
 # %% tags=["claim:evidence"]
 healthy, border, late = runs["B"].healthy, runs["B"].seen, runs["E"]
@@ -88,7 +89,7 @@ assert max(slow) == slow[2] and runs["A"].timeline.bubble_of_total > 3 / 5 - 0.0
 # ## A trace of somebody else's pipeline
 # Our timelines come from our executor. A *trace* is what a profiler has recorded of any program. Here torch.profiler watches PyTorch's own
 # engine, `torch.distributed.pipelining`, in two processes that train the Transformer of this course with GPipe. `TorchPipeline` is
-# a thin dress round it; in front of it runs one step that is not recorded.
+# a thin wrapper around it. One step runs first and is not recorded.
 
 # %%
 import os
@@ -139,7 +140,7 @@ print(strings)
 assert strings["TorchPipeline"] == strings["Pipeline"]
 
 # %% [markdown]
-# Two engines, one fingerprint: what follows compares two ways to run the same arithmetic. A trace is a JSON file of events; <https://ui.perfetto.dev> shows it.
+# Two engines, one fingerprint: what follows compares two ways to run the same arithmetic. A trace is a JSON file of events (<https://ui.perfetto.dev> shows such files; these lie in `folder.name` until it is cleaned up below).
 # Which marks has PyTorch's engine left in it, and what is inside one of them?
 
 # %% tags=["nbval-check-output", "claim:marks"]
@@ -164,8 +165,8 @@ assert len(names) == 16 and any(name.startswith("aten::") for name in inside)
 # `Forward 0` begins with the receive. The mark *contains the wait*.
 #
 # ## A mistake made on purpose: marks taken for work
-# "How do I measure the bubble?" ([Megatron-LM#691](https://github.com/NVIDIA/Megatron-LM/issues/691)). The obvious answer adds up the marks and divides the rest by the
-# time of the step. What will it give, against a count of the operators alone?
+# "How do I measure the bubble?" ([Megatron-LM#691](https://github.com/NVIDIA/Megatron-LM/issues/691)). The obvious answer adds up the marks, takes the rest of the
+# step for idle time, and divides it by the time of all ranks. What will it give, against a count of the operators alone?
 
 # %%
 from course_utils.predictions import predict
@@ -188,9 +189,9 @@ assert bubble_of_marks() < read.bubble_of_total
 bubble_guess = bubble_guess.settle(measured=read.bubble_of_total, formula=(2 - 1) / (8 + 2 - 1))
 
 # %% [markdown]
-# `timeline.from_profiler(paths)` takes what operators computed and nothing else; marks serve only to tell which micro-batch it was. It reads your
+# `timeline.from_profiler(paths)` takes what operators computed and nothing else; the marks serve only to tell the micro-batch. It reads your
 # traces too: one file per rank, from `export_chrome_trace`, with or without marks (without, autograd's arrows from forward to backward tell the two apart). For
-# traces with kernels of a GPU it uses the documented keys: written, not run. ([Holistic Trace Analysis](https://github.com/facebookresearch/HolisticTraceAnalysis) is
+# traces with kernels of a GPU it uses the documented keys, but that part has never been run. ([Holistic Trace Analysis](https://github.com/facebookresearch/HolisticTraceAnalysis) is
 # the tool for those.)
 #
 # Beside it our own step: the upper two lanes from torch's engine, the lower two from ours, both read from traces.
@@ -284,9 +285,9 @@ used_guess = used_guess.settle(measured=used)
 # Small products never reach the peak, and this model is tiny. Llama 3 reports 38 to 43 % on up to 16,384 GPUs (Llama Team, 2024, table 4).
 #
 # ## Plan what you cannot try
-# Counting and simulating is all that is left when the devices are not there. Take a model of 32 layers and width 4096, devices of 80 GB that multiply $312 \cdot 10^{12}$ times a
-# second (an A100's data sheet, bf16), links of 25 GB/s, and half of the peak inside a layer. 64 devices can be 64 pipelines of one stage, or one
-# of 64 stages would be too many for 32 layers. The mini-batch stays the same: 256 rows of 2,048 tokens. Which $K$ is the fastest that fits?
+# Counting and simulating is all that is left when the devices are not there. Take a model of 32 layers and width 4096, devices of 80 GB with a peak of $312 \cdot 10^{12}$
+# floating-point operations a second (an A100's data sheet, bf16), links of 25 GB/s, the schedule 1F1B, and half of the peak inside a layer. 64 devices
+# can be 64 pipelines of one stage each, or 32 of two, and so on to two of 32: with 32 layers there can be no more stages. The mini-batch stays the same: 256 rows of 2,048 tokens. Which $K$ is the fastest that fits?
 
 # %%
 stages_guess = predict("stages of the fastest plan that fits", devices=64, unit="stages", value=None)
@@ -330,7 +331,8 @@ says = f"{describe_lines(series, *axes)} {describe_prediction(stages_guess)}"
 show(draw_lines(series, *axes, log_x=True), says=says)
 
 # %% [markdown]
-# The three lines nearly meet, because replicas are cheap in this plan. Why would nobody believe that for 1,024 devices? Read what it leaves out:
+# The three lines nearly meet: adding up the gradients of all replicas in a ring takes almost the same time for 1,024 as for 64, if latency is
+# small. Why would nobody believe that for 1,024 devices? Read what it leaves out:
 
 # %% tags=["nbval-check-output", "claim:left-out"]
 assert found[8].left_out == LEFT_OUT and len(LEFT_OUT) >= 5
@@ -354,28 +356,28 @@ print(describe_calibration(pairs))
 show(draw_calibration(pairs), says=describe_calibration(pairs))
 
 # %% [markdown]
-# Points above the diagonal: you expected more than came. Most people expect too much of adding devices, and too little of waiting. Come back to this cell whenever you have repeated a lesson.
+# A point for each prediction that you have made. Above the diagonal you expected more than came. Come back to this cell whenever you have repeated a lesson.
 #
 # ## Where to go next
 # - *1F1B* keeps fewer micro-batches (Narayanan et al., 2021, [arXiv 2006.09503](https://arxiv.org/abs/2006.09503), PipeDream-2BW and PipeDream-Flush);
 #   *interleaved* stages divide the bubble by the number of chunks per rank (Megatron-LM, [arXiv 2104.04473](https://arxiv.org/abs/2104.04473)).
 # - *Zero bubble* splits the backward and fills the gaps with weights' gradients (Qi et al., 2023, [arXiv 2401.10241](https://arxiv.org/abs/2401.10241)); DualPipe runs two
 #   directions at once (DeepSeek-AI, 2024, [arXiv 2412.19437](https://arxiv.org/abs/2412.19437)).
-# - Use them: [torch.distributed.pipelining](https://docs.pytorch.org/docs/stable/distributed.pipelining.html) has all of these schedules,
+# - Use them: [torch.distributed.pipelining](https://docs.pytorch.org/docs/stable/distributed.pipelining.html) has 1F1B, interleaved and zero-bubble schedules, and a variant of DualPipe, `ScheduleDualPipeV`;
 #   [torchtitan](https://github.com/pytorch/torchtitan) shows them beside data and tensor parallelism; [Megatron-LM](https://github.com/NVIDIA/Megatron-LM) and
 #   [DeepSpeed](https://github.com/deepspeedai/DeepSpeed) train the large models. On two cores that share one machine none of these schedules is visibly faster than another: do not try to see it here.
 # - Take your fingerprint with you. The first run on a new framework is a tiny one, compared with one device.
 
 # %% [markdown] tags=["summary"]
 # ## What you know now
-# - What a run leaves behind tells its cause: norms a border, rates a skip, a circle a hang, a timeline a slow stage or too few micro-batches. <!-- shown: evidence -->
+# - What a run leaves behind tells its cause: gradient norms, learning rates, an error that names who waits for whom, or a timeline. <!-- shown: evidence -->
 # - PyTorch's engine and ours give the same bits for the same step. <!-- shown: same-bits -->
 # - Its trace names forwards and backwards, and a mark begins with the receive. <!-- shown: marks -->
 # - Marks taken for work hide the bubble. <!-- shown: marks-wait -->
 # - `from_profiler` finds the order that our executor has recorded. <!-- shown: reader -->
 # - Utilisation is a share of a peak that was measured. <!-- shown: utilisation -->
 # - A plan with one stage may not fit, and one with the most stages is not the fastest. <!-- shown: plan -->
-# - A plan is worth what its list of omissions leaves of it. <!-- shown: left-out -->
+# - A plan says what it leaves out. <!-- shown: left-out -->
 #
 # **Kept for later:** `from_profiler` in `course_utils/timeline.py`; `plan` and `model_flops_utilisation` in `planning.py`; `draw_calibration` in `charts.py`;
 # all on one page, the [cheat sheet](cheat_sheet.ipynb).
