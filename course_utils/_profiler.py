@@ -93,6 +93,8 @@ def spans_of(events: list[dict[str, Any]], gap: float, step: int | None) -> list
             (e, launched_for[of]) for e in kernels if (of := e.get("args", {}).get("External id")) in launched_for
         ]
         talking = Cover(())  # on a GPU it goes on beside the kernels
+    if not labelled:
+        raise ValueError("nothing in it computes inside its marks: they must stand round forwards and backwards")
     return join(labelled, talking, gap)
 
 
@@ -127,11 +129,11 @@ def by_arrows(computing: list[dict], events: list[dict], talking: "Cover", gap: 
     for event in events:
         if event.get("cat") == "fwdbwd":
             arrows[event["id"]][event["ph"]] = event["ts"]
-    begins = [event["ts"] for event in autograd]
+    begins, backward = [event["ts"] for event in autograd], Cover(autograd)
+    # An arrow that ends elsewhere is of another step.
+    pairs = [(ends["f"], ends["s"]) for ends in arrows.values() if len(ends) == 2 and backward.covers(ends["f"])]
     groups: list[Group] = []
-    for end, start in sorted((ends["f"], ends["s"]) for ends in arrows.values() if len(ends) == 2):
-        if not begins or not begins[0] <= end:
-            continue  # of another step
+    for end, start in sorted(pairs):
         if not groups or start > groups[-1].newest:
             groups.append(Group(start, start, begins[bisect_right(begins, end) - 1]))
         groups[-1] = groups[-1]._replace(oldest=min(start, groups[-1].oldest))
@@ -140,7 +142,6 @@ def by_arrows(computing: list[dict], events: list[dict], talking: "Cover", gap: 
             "nothing in it tells which operators belong to a forward or a backward: wrap each in "
             'torch.profiler.record_function("0F3"), for stage 0, forward, micro-batch 3'
         )
-    backward = Cover(autograd)
     labels = {kind: [Label(kind, None, number) for number in range(len(groups))] for kind in "FB"}
     labelled = []
     for event in computing:

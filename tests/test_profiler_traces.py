@@ -189,6 +189,29 @@ def test_one_step_of_several(tmp_path):
         from_profiler(path, step=4)
 
 
+def test_one_step_of_several_without_marks(tmp_path):
+    """Arrows of a later step tell nothing about this one."""
+
+    def step(number: int, at: float) -> list:
+        backwards = [event(at + 20, 10, AUTOGRAD), event(at + 30.5, 10, AUTOGRAD), event(at + 41, 10, AUTOGRAD)]
+        # The last of them is an accumulation, in which no arrow ends.
+        operators = [event(at, 5, "aten::mm"), event(at + 6, 5, "aten::mm"), *backwards]
+        arrows = [*arrow(2 * number, at, at + 21), *arrow(2 * number + 1, at + 6, at + 31)]
+        return [event(at, 90, f"ProfilerStep#{number}", "user_annotation"), *operators, *arrows]
+
+    alone = from_profiler(write(tmp_path / "alone.json", step(3, 100)))
+    path = write(tmp_path / "a.json", step(2, 0), step(3, 100), step(4, 200))
+    for number in (2, 3, 4):
+        assert rows(from_profiler(path, step=number)) == rows(alone)
+    assert [row[1:4] for row in rows(alone)] == [("F", 0, 0), ("F", 0, 1), ("B", 0, 0), ("B", 0, 1)]
+
+
+def test_marks_without_operators_in_them(tmp_path):
+    path = write(tmp_path / "a.json", event(0, 10, "0F0", "user_annotation"), event(20, 10, "aten::mm"))
+    with pytest.raises(ValueError, match=r"a\.json: nothing in it computes inside its marks"):
+        from_profiler(path)
+
+
 def marked(at: float) -> list:
     return [event(at, 10, "Forward 0", "user_annotation"), event(at, 10, "aten::mm")]
 
