@@ -7,9 +7,9 @@ and several pipelines (replicas) share the data. What a plan leaves out stands i
 from dataclasses import dataclass, fields
 from typing import Any
 
+from course_utils.number_words import even_sizes
 from course_utils.schedules import SCHEDULES, rematerialise
 from course_utils.simulation import kept, simulate
-from course_utils.stages import by_count
 from course_utils.timeline import Timeline
 
 # Bytes of Adam in mixed precision: weights and gradients in 16 bits, and in float32 the master weights and two moments
@@ -163,7 +163,7 @@ def plan(
         raise ValueError(f"{stages} stages do not divide {cluster.devices} devices into pipelines")
     if stages > model.layers:
         raise ValueError(f"{model.layers} layers cannot fill {stages} stages; use at most one stage per layer")
-    layers = [len(blocks) for blocks in by_count(model.layers, stages)]
+    layers = even_sizes(model.layers, stages)
     replicas, last = cluster.devices // stages, stages - 1
     rows, hidden = rows_per_micro_batch, rows_per_micro_batch * model.sequence * model.d_model
 
@@ -172,7 +172,7 @@ def plan(
     message = cluster.latency + BYTES_OF_16_BITS * hidden / cluster.bandwidth
     order = SCHEDULES[schedule](stages, micro_batches)
     order = rematerialise(order, "always") if recompute else order
-    timeline = simulate(order, forward, [BACKWARD * time for time in forward], message if stages > 1 else 0.0)
+    timeline = simulate(order, forward, [BACKWARD * time for time in forward], message)
     timeline.label, timeline.unit = f"simulated, {stages} stages, M={micro_batches}", "seconds"
 
     ends = model.vocabulary * model.d_model  # the embedding on the first stage, the head on the last one

@@ -255,11 +255,11 @@ def from_profiler(
         hosts = ", ".join(sorted({trace.host for trace in traces}))
         raise ValueError(f"the traces come from several hosts ({hosts}), whose clocks differ: give offsets, in seconds")
     traces = [trace for _, trace in sorted(zip(ranks, traces, strict=True), key=lambda pair: pair[0])]
-    first = min(trace.spans[0].start + (trace.base - traces[0].base) / 1e3 for trace in traces)
+    bases = [(trace.base - traces[0].base) / 1e3 for trace in traces]  # microseconds after the first one's
+    first = min(trace.spans[0].start + base for trace, base in zip(traces, bases, strict=True))
     timelines = []
-    for rank, trace in enumerate(traces):
-        timeline = Timeline(len(traces), "measured by torch.profiler", "seconds")
-        zero = first - (trace.base - traces[0].base) / 1e3
+    for rank, (trace, base) in enumerate(zip(traces, bases, strict=True)):
+        timeline, zero = Timeline(len(traces), "measured by torch.profiler", "seconds"), first - base
         for start, end, (kind, stage, micro_batch) in trace.spans:
             place = rank if stage is None else stage
             timeline.add(rank, kind, place, micro_batch, (start - zero) / 1e6, (end - zero) / 1e6)

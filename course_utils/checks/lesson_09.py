@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from course_utils.checks.report import Wrong, check_tensor, expect
+from course_utils.checks.report import Wrong, call_on_gradients, check_tensor, expect
 from course_utils.optimization import clip_by_global_norm as right_clip
 from course_utils.optimization import gradient_norms as right_norms
 
@@ -34,7 +34,7 @@ def pairs() -> list[tuple[int, nn.Parameter]]:
 def gradient_norms(answer: Callable) -> str:
     own = pairs()
     before = [clone(parameter.grad) for _, parameter in own]
-    came = call(answer, own, NUM_NORMS)
+    came = call_on_gradients(answer, own, NUM_NORMS)
     right = right_norms(pairs(), NUM_NORMS)
     check_tensor("The vector of norms", right, came)
     unchanged("gradient_norms only looks: the gradient of a parameter", before, [p.grad for _, p in own])
@@ -107,7 +107,7 @@ def look_at_clipping(answer: Callable, norms: Tensor, max_norm: float) -> bool:
     own, expected = parameters(), parameters()
     weights, original = [clone(p) for p in own], norms.clone()
     total = right_clip(expected, norms, max_norm)
-    came = call(answer, own, norms, max_norm)
+    came = call_on_gradients(answer, own, norms, max_norm)
     unchanged("Clipping changes gradients, not weights: a parameter", weights, own)
     expect("The vector of norms, which is the same on every rank and stays so", original, norms)
     flat, right, before = (joined(each) for each in (own, expected, parameters()))
@@ -174,7 +174,7 @@ def look_at_result(came: Any, total: float, norms: Tensor, max_norm: float) -> N
 
 def look_at_small(answer: Callable, norms: Tensor) -> None:
     own = parameters()
-    call(answer, own, norms, 1.5)
+    call_on_gradients(answer, own, norms, 1.5)
     before = joined(parameters())
     if not torch.equal(joined(own), before):
         ratio = (joined(own) @ before / (before @ before)).item()
@@ -186,7 +186,7 @@ def look_at_small(answer: Callable, norms: Tensor) -> None:
 
 def look_at_not_finite(answer: Callable, norms: Tensor) -> None:
     own, value = parameters(), norms[0].item()
-    came = call(answer, own, norms, 1.5)
+    came = call_on_gradients(answer, own, norms, 1.5)
     flat = joined(own)
     if not torch.equal(flat, joined(parameters())):
         what = "NaN" if flat.isnan().any() else "0" if not flat.any() else "something else"
@@ -199,18 +199,6 @@ def look_at_not_finite(answer: Callable, norms: Tensor) -> None:
             f"Another rank's norm is {value}, and {came!r} was returned. The caller skips the step if the norm is not "
             "finite, so it must be told."
         )
-
-
-def call(answer: Callable, *arguments: Any) -> Any:
-    """What an answer returns. Raises Wrong if it takes a gradient that is None for a tensor."""
-    try:
-        return answer(*arguments)
-    except (AttributeError, TypeError) as error:
-        if "NoneType" in str(error):
-            raise Wrong(
-                f"It raised {type(error).__name__} on a parameter without a gradient: p.grad is None there."
-            ) from error
-        raise
 
 
 # --- Small things ---------------------------------------------------------------------------------------------

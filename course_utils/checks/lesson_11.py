@@ -1,8 +1,7 @@
 """Lesson 11: one step of training, all its parts in the right order."""
 
-import struct
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -18,7 +17,7 @@ from course_utils.schedules import gpipe
 from course_utils.stages import one_thread
 from course_utils.threads import run_in_threads
 from course_utils.training_state import TrainingState
-from course_utils.transfer import Gathering, agree
+from course_utils.transfer import agree, tell_all
 from course_utils.transformer import TransformerConfig
 from course_utils.transports import TransferError, Worker
 
@@ -110,9 +109,7 @@ class Rank:
     def share(self, norms: Tensor) -> Tensor:
         """The norms of all ranks."""
         self._calls.append("share")
-        gathering = Gathering(self._worker.transport, 4 * len(self._state.place), "the gradient norms")
-        everybody = gathering.share(norms.to(torch.float32).contiguous().view(torch.uint8))
-        return torch.stack([t.clone().view(torch.float32) for t in everybody]).sum(dim=0)
+        return torch.tensor(tell_all(self._worker.transport, norms.tolist(), "the gradient norms")).sum(dim=0)
 
     def clip(self, norms: Tensor) -> float:
         """Scale the gradients of this rank by the norm of all; return it. One that is not finite changes nothing."""
@@ -168,7 +165,7 @@ def one_device() -> list[After]:
     return seen
 
 
-CONFIG_ON_ONE = TrainingConfig(**{**vars(CONFIG), "stages": 1})
+CONFIG_ON_ONE = replace(CONFIG, stages=1)
 
 
 # --- The check -------------------------------------------------------------------------------------------------------
@@ -208,7 +205,7 @@ def is_right(step: After, expected: After) -> bool:
 
 
 def bits(tensor: Tensor) -> bytes:
-    return struct.pack(f"<{tensor.numel()}f", *tensor.flatten().tolist())
+    return tensor.numpy().tobytes()
 
 
 def check_returns(ranks: list[list[After]]) -> None:

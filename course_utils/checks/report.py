@@ -60,6 +60,18 @@ def time_limit(seconds: float) -> Iterator[None]:
             ended.set()
 
 
+def call_on_gradients(answer: Callable, *arguments: Any) -> Any:
+    """What an answer returns. Raises Wrong if it takes a gradient that is None for a tensor."""
+    try:
+        return answer(*arguments)
+    except (AttributeError, TypeError) as error:
+        if "NoneType" in str(error):
+            raise Wrong(
+                f"It raised {type(error).__name__} on a parameter without a gradient: p.grad is None there."
+            ) from error
+        raise
+
+
 def expect(what: str, expected: Any, came: Any) -> None:
     """Raises Wrong unless both are equal; tensors in shape, dtype and every bit."""
     if isinstance(expected, torch.Tensor):
