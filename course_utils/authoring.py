@@ -1,5 +1,7 @@
 """From text to notebook: `python course.py build 11` makes notebooks/11_*.ipynb from notebooks/sources/11_*.py.
 
+`build --units 11` does the same for an exercise unit, from solutions/sources/, and derives the copy for students.
+
 A lesson is written as a Python file in which `# %%` starts a cell (jupytext's py:percent form). Building runs it in a
 fresh kernel and removes whatever would differ from one run to the next, so a change of a lesson is a change of lines in
 its text, and the notebook in the repository is always what the text gives. The way is one way: a notebook is never
@@ -20,6 +22,8 @@ from pathlib import Path
 
 import nbformat
 from nbformat import NotebookNode
+
+from course_utils import units
 
 COURSE = Path(__file__).resolve().parents[1]
 NOTEBOOKS = COURSE / "notebooks"
@@ -58,7 +62,8 @@ def read_text(source: Path) -> NotebookNode:
             raise AuthoringError(f"{source.name}: the id {given!r} is given to two cells: give each its own")
         cell.id = given or free_id(cell, used)
         used.add(cell.id)
-    return notebook
+    is_unit = source.parent.parent.name == "solutions"
+    return units.with_grading(notebook, units.unit_of(source)) if is_unit else notebook
 
 
 def free_id(cell: NotebookNode, used: set[str]) -> str:
@@ -189,16 +194,23 @@ def pixels_only(png: bytes) -> bytes:
 def build(source: Path, target: Path) -> NotebookNode:
     """Run a lesson's text and write the notebook; the old one stays if anything fails."""
     notebook = read_text(source)
+    target.parent.mkdir(parents=True, exist_ok=True)
     execute(notebook, target.parent)
     normalise(notebook)
     nbformat.validate(notebook)
     text = as_written(notebook)
     if str(Path.home()) in text and len(Path.home().parts) > 1:
         raise AuthoringError(f"an output names the home folder {Path.home()}: print a path relative to the course")
+    write(text, target)
+    return notebook
+
+
+def write(text: str, target: Path) -> None:
+    """Write a notebook in one step."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_suffix(".unfinished")
     unfinished.write_text(text, "utf-8", newline="\n")
     os.replace(unfinished, target)
-    return notebook
 
 
 def as_written(notebook: NotebookNode) -> str:
@@ -225,6 +237,13 @@ def differences(source: Path, target: Path) -> Iterator[str]:
         yield f"{target.name}: execution counts are {counts}, a build gives 1, 2, 3, ..."
 
 
+def student_differences(solution: Path, copy: Path) -> Iterator[str]:
+    """How a unit's copy for students differs from what its solutions give."""
+    wanted = as_written(units.student_copy(nbformat.read(solution, as_version=4)))
+    if not copy.exists() or copy.read_text("utf-8") != wanted:
+        yield f"exercises/{copy.parent.name}: it is not what solutions/{solution.parent.name} gives"
+
+
 def lessons(wanted: list[str], folder: Path = NOTEBOOKS) -> list[tuple[Path, Path]]:
     """(text, notebook) of the lessons whose numbers are given, of all if none is.
 
@@ -245,30 +264,42 @@ def lessons(wanted: list[str], folder: Path = NOTEBOOKS) -> list[tuple[Path, Pat
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="course.py build", description="Build notebooks from their texts.")
-    parser.add_argument("lesson", nargs="*", help="number of a lesson, 11 for example; none: all lessons")
+    parser.add_argument("number", nargs="*", help="of a lesson or a unit, 11 for example; none: all")
+    parser.add_argument("--units", action="store_true", help="exercise units, not lessons")
     parser.add_argument("--check", action="store_true", help="run nothing; compare the notebooks with their texts")
     options = parser.parse_args(arguments)
     try:
+        if options.units:
+            wanted = [(source, solution, copy) for source, solution, copy in units.units(options.number)]
+        else:
+            wanted = [(source, target, None) for source, target in lessons(options.number)]
         wrong = 0
-        for source, target in lessons(options.lesson):
+        for source, target, copy in wanted:
             if options.check:
                 found = list(differences(source, target))
+                if copy is not None and not found:
+                    found = list(student_differences(target, copy))
                 wrong += len(found)
                 print("\n".join(found) or f"{target.name}: as its text")
             else:
-                started = time.perf_counter()
-                notebook = build(source, target)
-                print(f"{target.name}: {len(notebook.cells)} cells, {time.perf_counter() - started:.0f} s")
-                for number in cells_with_stderr(notebook):
-                    print(
-                        f"{target.name}, cell {number}: writes to stderr, which JupyterLab shows in red: is it meant?"
-                    )
-    except AuthoringError as error:
+                build_one(source, target, copy)
+    except (AuthoringError, ValueError) as error:
         print(f"not built: {error}", file=sys.stderr)
         return 1
     if wrong:
         print("Texts are edited, notebooks are built: python course.py build", file=sys.stderr)
     return 1 if wrong else 0
+
+
+def build_one(source: Path, target: Path, copy: Path | None) -> None:
+    """Build a notebook, and if it is a unit's the copy for students, and say so."""
+    started = time.perf_counter()
+    notebook = build(source, target)
+    if copy is not None:
+        write(as_written(units.student_copy(notebook)), copy)
+    print(f"{target.name}: {len(notebook.cells)} cells, {time.perf_counter() - started:.0f} s")
+    for number in cells_with_stderr(notebook):
+        print(f"{target.name}, cell {number}: writes to stderr, which JupyterLab shows in red: is it meant?")
 
 
 def cells_with_stderr(notebook: NotebookNode) -> list[int]:

@@ -1,33 +1,62 @@
-"""Answers to what a lesson asks you to write, checked at once: `check("05.accumulate", accumulate)`.
+"""Answers to what a lesson or an exercise asks you to write, checked at once: `check("05.accumulate", accumulate)`.
 
 Each lesson has a module here, and each of its tasks a function in it that takes the answer, tries it and raises
-`report.Wrong` with what was expected and what came. A check says what it found and never raises, so "Run all" goes on.
+`report.Wrong` with what was expected and what came. Each exercise unit has a module too, whose tasks are `tasks.Task`s:
+`check("unit06.two_in_flight", two_in_flight)`. A check says what it found and never raises, so "Run all" goes on.
 """
 
 import importlib
-import linecache
-import traceback
+import os
 from collections.abc import Callable
+from typing import Any
 
+from course_utils import progress
 from course_utils._lines import in_lines
-from course_utils.checks.report import TookTooLong, Wrong, is_unwritten, time_limit
+from course_utils.checks import tasks
+from course_utils.checks.report import TookTooLong, Wrong, is_unwritten, place_in, time_limit
 
 LIMIT = 20.0  # seconds: generous, a check takes less than two
 
 
-def check(name: str, answer: Callable, limit: float = LIMIT) -> None:
+class Points(float):
+    """What an answer to an exercise earns: the last line of a check's cell, which is how nbgrader reads it."""
+
+    def __new__(cls, earned: float, possible: float) -> "Points":
+        points = super().__new__(cls, earned)
+        points.possible = possible
+        return points
+
+    possible: float
+
+    def __repr__(self) -> str:
+        return f"{float(self):g}"
+
+    def _repr_html_(self) -> str:
+        return f"<b>{float(self):g} of {tasks.points(round(self.possible))}</b>"
+
+
+def check(name: str, answer: Any, limit: float | None = None) -> Points | None:
     """Try an answer and print one paragraph about it.
 
     Args:
-        name: lesson and task, such as "05.accumulate".
+        name: lesson and task, such as "05.accumulate", or unit and task, such as "unit05.accumulate".
         answer: what you wrote.
-        limit: seconds after which an answer is ended that is still running.
+        limit: seconds after which an answer is ended that is still running; a lesson's has 20, a unit's 10.
+
+    Returns:
+        The points for an answer to an exercise, None for one to a lesson.
 
     Raises:
         ValueError: there is no such task. (Whatever the answer does is printed.)
     """
+    if name.startswith("unit"):
+        return check_exercise(name, answer, limit or tasks.LIMIT)
     examine = task(name)
-    print(in_lines(f"{name}: {verdict(examine, answer, limit)}"))
+    print(in_lines(f"{name}: {verdict(examine, answer, limit or LIMIT)}"))
+    return None
+
+
+# --- Lessons ----------------------------------------------------------------------------------------------------------
 
 
 def task(name: str) -> Callable[[Callable], str]:
@@ -67,10 +96,83 @@ def not_written() -> str:
     )
 
 
-def place_in(answer: Callable, error: BaseException) -> str:
-    """The line of the answer from which an error came, if it came from one."""
-    file = getattr(getattr(answer, "__code__", None), "co_filename", None)
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    if not lines or file is None or lines[-1] is None:
-        return ""
-    return f", in line {lines[-1]} of the cell: `{linecache.getline(file, lines[-1]).strip()}`"
+# --- Exercises --------------------------------------------------------------------------------------------------------
+
+last_checked: list[str] = []  # the name of the exercise that was checked last, for `hint(1)`
+
+
+def check_exercise(name: str, answer: Any, limit: float) -> Points:
+    task = tasks.find_task(name)
+    last_checked[:] = [name]
+    found = tasks.examine(task, answer, seed(), limit)
+    if found.written:
+        progress.attempted(name, found.passed)
+    print(in_lines(f"{task.name}: {found.text}"))
+    if found.passed and task.on_processes is not None:
+        print(in_lines(task.on_processes(answer)))
+    elif not found.passed:
+        print("Hints, when you want them: hint(1) where to look, hint(2) which idea, hint(3) the steps in words.")
+    return Points(task.points if found.passed else 0, task.points)
+
+
+def seed() -> int:
+    """From which the inputs of exercises are drawn: COURSE_SEED, 0 if it is not set; a grader sets another one.
+
+    Raises:
+        ValueError: it is no whole number.
+    """
+    given = os.environ.get("COURSE_SEED", "0")
+    try:
+        return int(given)
+    except ValueError:
+        raise ValueError(f"COURSE_SEED is {given!r}; it must be a whole number, for example 7") from None
+
+
+def hint(level: int, name: str | None = None) -> None:
+    """Print a hint about the exercise that was checked last, or about the one that is named.
+
+    Args:
+        level: 1, where to look; 2, which idea; 3, the steps in words.
+        name: "unit06.two_in_flight".
+
+    Raises:
+        ValueError: there is no such level or exercise.
+    """
+    if level not in (1, 2, 3):
+        raise ValueError(f"there is no hint {level!r}; there are 1, 2 and 3")
+    if name is None and not last_checked:
+        print("Run a cell with a check first, then the hint is about that exercise.")
+        return
+    task = tasks.find_task(name or last_checked[0])
+    print(in_lines(f"{task.name}, hint {level} of 3: {task.hints[level - 1]}"))
+
+
+def start(unit: str) -> None:
+    """Print what a unit asks for, and what you have done of it. Raises a ValueError if there is no such unit."""
+    found = tasks.tasks_of(unit)
+    progress.opened([task.full_name for task in found])
+    kept = progress.read()
+    for number, task in enumerate(found, start=1):
+        done = kept.get(task.full_name, progress.Done())
+        state = f"right since {done.passed.replace('T', ' ')}" if done.passed else "open"
+        print(
+            f"{number}. {task.name:24} {task.kind:9} {task.minutes:3} minutes  {tasks.points(task.points):9} "
+            f"{'*' * task.difficulty:4} {state}"
+        )
+
+
+def call(answer: Callable, *arguments: Any) -> Any:
+    """What your function returns, or None and a sentence if it is not written yet or fails: "Run all" goes on."""
+    if is_unwritten(answer):
+        print(f"{answer.__name__} is not written yet.")
+        return None
+    try:
+        with time_limit(tasks.LIMIT):
+            return answer(*arguments)
+    except TookTooLong:
+        print(f"{answer.__name__} was still running after {tasks.LIMIT:g} s and was ended.")
+    except NotImplementedError:
+        print(f"{answer.__name__} is not written yet.")
+    except Exception as error:
+        print(in_lines(f"{answer.__name__} raised {type(error).__name__}: {error}{place_in(answer, error)}"))
+    return None

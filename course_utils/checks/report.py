@@ -2,9 +2,11 @@
 
 import ctypes
 import dis
+import linecache
 import math
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -31,6 +33,15 @@ def is_unwritten(answer: Callable) -> bool:
     instructions = list(dis.get_instructions(code))
     only_none = all(i.argval is None for i in instructions if i.opname in ("LOAD_CONST", "RETURN_CONST"))
     return only_none and {i.opname for i in instructions} <= OF_AN_EMPTY_BODY
+
+
+def place_in(answer: Callable, error: BaseException) -> str:
+    """The line of the answer from which an error came, if it came from one."""
+    file = getattr(getattr(answer, "__code__", None), "co_filename", None)
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    if not lines or file is None or lines[-1] is None:
+        return ""
+    return f", in line {lines[-1]} of the cell: `{linecache.getline(file, lines[-1]).strip()}`"
 
 
 @contextmanager
