@@ -8,7 +8,12 @@ check: ; $(PYTHON) course.py check $(ARGS)
 train: ; $(PYTHON) course.py train $(ARGS)
 fingerprint: ; $(PYTHON) course.py fingerprint $(ARGS)
 build: ; $(PYTHON) course.py build $(ARGS)
+progress: ; $(PYTHON) course.py progress $(ARGS)
+unit: ; $(PYTHON) course.py unit $(ARGS)
+wheelhouse: ; $(PYTHON) course.py wheelhouse $(ARGS)
+feedback-report: ; $(PYTHON) course.py feedback-report $(ARGS)
+nbgrader: ; $(PYTHON) course.py nbgrader $(ARGS)
 bench: ; $(PYTHON) course.py bench $(ARGS)
 soak: ; $(PYTHON) course.py soak $(ARGS)
 
-.PHONY: help lab test check train fingerprint build bench soak
+.PHONY: help lab test check train fingerprint build progress unit wheelhouse feedback-report nbgrader bench soak

@@ -46,6 +46,11 @@ COMMANDS = {  # name: (what it does, whether it needs the [test] extra, what Pyt
     "train": ("train the Transformer over several stages", False, ["-m", "course_utils.commands", "train"]),
     "fingerprint": ("compare all ways to train, bit by bit", False, ["-m", "course_utils.commands", "fingerprint"]),
     "build": ("build notebooks from their texts, for example: build 11", True, ["-m", "course_utils.authoring"]),
+    "progress": ("show what you have done of the exercises", False, ["-m", "course_utils.checks.overview"]),
+    "unit": ("pack an exercise unit into a zip, for example: unit 09", False, ["-m", "course_utils.packing", "unit"]),
+    "wheelhouse": ("collect what a place without network needs", False, ["-m", "course_utils.packing", "wheelhouse"]),
+    "feedback-report": ("measure how good the checks of exercises are", True, [str(ROOT / "tests/feedback.py")]),
+    "nbgrader": ("run nbgrader, from an environment of its own", False, ["-m", "course_utils.nbgrader_command"]),
     "bench": ("make a measurement; without a name: list them", False, [str(ROOT / "tests/bench.py")]),
     "soak": ("train through 200 launches that are mostly broken off", False, [str(ROOT / "tests/soak.py")]),
 }
@@ -56,7 +61,7 @@ def main(arguments):
     if name not in COMMANDS:
         asked = name in ("help", "-h", "--help")
         print("" if asked else f"course.py has no command {name!r}. It has:\n", end="", file=sys.stderr, flush=True)
-        print("\n".join(f"  {name:12} {says}" for name, (says, _, _) in COMMANDS.items()))
+        print("\n".join(f"  {name:15} {says}" for name, (says, _, _) in COMMANDS.items()))
         print("\n" + __doc__[__doc__.index("--torch") :].rstrip())
         return 0 if asked else 2
     parser = argparse.ArgumentParser(prog=f"course.py {name}", add_help=False, allow_abbrev=False)

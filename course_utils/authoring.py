@@ -269,10 +269,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--check", action="store_true", help="run nothing; compare the notebooks with their texts")
     options = parser.parse_args(arguments)
     try:
+        wanted: list[tuple[Path, Path, Path | None]] = []
         if options.units:
-            wanted = [(source, solution, copy) for source, solution, copy in units.units(options.number)]
+            wanted += units.units(options.number)
         else:
-            wanted = [(source, target, None) for source, target in lessons(options.number)]
+            wanted += [(source, target, None) for source, target in lessons(options.number)]
         wrong = 0
         for source, target, copy in wanted:
             if options.check:

@@ -46,6 +46,8 @@ def with_grading(notebook: NotebookNode, unit: str) -> NotebookNode:
         elif check:
             points = find_task(f"unit{unit}.{check}").points
             cell.metadata["nbgrader"] = grading(f"{check}-check", grade=True, locked=True, points=points)
+        elif cell.cell_type == "code" and not {"setup", "solution"} & set(cell.metadata.get("tags", [])):
+            cell.metadata["tags"] = [*cell.metadata.get("tags", []), "given"]  # a grader need not run it
     return notebook
 
 

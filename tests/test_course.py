@@ -17,7 +17,8 @@ import course
 pytestmark = pytest.mark.smoke
 
 FILE = Path(course.__file__)
-COMMANDS = ["lab", "test", "check", "train", "fingerprint", "build", "bench", "soak"]
+COMMANDS = ["lab", "test", "check", "train", "fingerprint", "build", "progress", "unit", "wheelhouse"]
+COMMANDS += ["feedback-report", "nbgrader", "bench", "soak"]
 
 
 @pytest.fixture

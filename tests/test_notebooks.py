@@ -17,8 +17,6 @@ COURSE = Path(__file__).resolve().parents[1]
 TINY = COURSE / "tests/sources/07_tiny.py"
 LESSONS = lessons([])
 COPIED_TO_LEARNERS = [*(COURSE / "notebooks").glob("*.ipynb"), *(COURSE / "exercises").glob("*/*.ipynb")]
-# Units of exercises that lessons name and that do not exist yet; "(to come)" stands behind their links.
-PENDING = {path.stem for path in (COURSE / "notebooks").glob("*.ipynb") if re.match(r"0[1-9]_|1[01]_", path.name)}
 
 
 # --- The lessons -----------------------------------------------------------------------------------------------------
@@ -38,8 +36,8 @@ def test_every_lesson_has_a_text():
 def test_a_link_leads_to_a_notebook_that_learners_have(path):
     """JupyterLab says nothing when a link leads nowhere."""
     prose = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown"]
-    for target, to_come in re.findall(r"\]\(([^)\s]+)\)(\s\(to come\))?", "\n".join(prose)):
-        if re.match(r"https?://|#", target) or (to_come and target in {unit(name) for name in PENDING}):
+    for target in re.findall(r"\]\(([^)\s]+)\)", "\n".join(prose)):
+        if re.match(r"https?://|#", target):
             continue
         name, _, anchor = target.partition("#")
         file = (path.parent / name).resolve()
@@ -52,10 +50,6 @@ def unit(name):
     return f"../exercises/{name}/{name}.ipynb"
 
 
-def test_a_unit_that_exists_is_not_to_come():
-    assert not [name for name in PENDING if (COURSE / "notebooks" / unit(name)).exists()], "take it out of PENDING"
-
-
 @pytest.mark.parametrize("source, notebook", LESSONS[1:12], ids=[source.stem for source, _ in LESSONS[1:12]])
 def test_a_lesson_leads_to_its_exercises_and_to_the_next_one(source, notebook):
     summary = "".join(
@@ -63,7 +57,7 @@ def test_a_lesson_leads_to_its_exercises_and_to_the_next_one(source, notebook):
     )
     following = LESSONS[[text for text, _ in LESSONS].index(source) + 1][1].name
     practise, _, after = summary.partition("**Next:**")
-    link = f"Exercises: [unit {source.name[:2]}]({unit(source.stem)})" + " (to come)" * (source.stem in PENDING)
+    link = f"Exercises: [unit {source.name[:2]}]({unit(source.stem)})"
     assert f"{link}." in practise and f"]({following})" in after
 
 

@@ -41,7 +41,7 @@ def test_at_most_18_entries_meet_the_eye():
 
 def test_make_knows_the_same_commands():
     text = (COURSE / "Makefile").read_text("utf-8")
-    targets = dict(re.findall(r"^(\w+): ; @?\$\(PYTHON\) course\.py(.*)$", text, re.M))
+    targets = dict(re.findall(r"^([\w-]+): ; @?\$\(PYTHON\) course\.py(.*)$", text, re.M))
     assert targets == {"help": ""} | {name: f" {name} $(ARGS)" for name in course.COMMANDS}
 
 
@@ -71,10 +71,12 @@ def test_the_workflow_calls_commands_that_exist():
     jobs = yaml.safe_load((COURSE / ".github/workflows/ci.yml").read_text("utf-8"))["jobs"]
     lines = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
     called = [line.split()[2] for line in lines if line.startswith("python course.py")]
-    assert "bash .ci/run" in lines and {"test", "train", "soak"} == set(called) <= set(course.COMMANDS)
+    assert "bash .ci/run" in lines and {"test", "train", "soak", "feedback-report"} == set(called) <= set(
+        course.COMMANDS
+    )
     assert jobs["newest"]["env"] == {"COURSE_CONSTRAINTS": ""}
     weekly = "github.event_name == 'schedule' || github.event_name == 'workflow_dispatch'"
-    assert [name for name, job in jobs.items() if job["if"] == weekly] == ["newest", "oldest", "soak"]
+    assert [name for name, job in jobs.items() if job["if"] == weekly] == ["newest", "oldest", "soak", "feedback"]
     assert jobs["oldest"]["steps"][-1] == {"run": "python course.py test --oldest"}
     for path in (COURSE / ".github/ISSUE_TEMPLATE").glob("*.yml"):
         assert yaml.safe_load(path.read_text("utf-8"))
@@ -88,6 +90,7 @@ def test_one_version():
 
 def test_every_direct_dependency_is_pinned_in_one_place():
     wanted = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]
+    wanted += PROJECT["optional-dependencies"]["classroom"]
     names = {re.match(r"[\w.-]+", line)[0].lower().replace("_", "-") for line in wanted}
     pins = (COURSE / "constraints.txt").read_text("utf-8").lower().replace("_", "-")
     pinned = set(re.findall(r"^([\w.-]+)==\d\S*$", pins, re.M))
@@ -103,7 +106,9 @@ def test_the_oldest_and_the_newest_python_agree():
 
 def test_no_file_names_a_machine_or_a_registry():
     """What a build may leave behind: a home folder, an address of packages. PyTorch's own public index is meant."""
-    bad = re.compile(r"/root/|/home/\w|/Users/\w|C:\\\\Users|--extra-index-url|--find-links|pypi\.org/simple")
+    bad = re.compile(
+        r"/root/|/home/\w|/Users/\w|C:\\\\Users|--extra-index-url|--find-links[ =]\S*[/:]|pypi\.org/simple"
+    )
     for name in files_of_the_project():
         if (
             name.endswith((".py", ".md", ".txt", ".toml", ".yml", ".ipynb", ".cff"))

@@ -111,7 +111,7 @@ def check_exercise(name: str, answer: Any, limit: float) -> Points:
     if found.passed and task.on_processes is not None:
         print(in_lines(task.on_processes(answer)))
     elif not found.passed:
-        print("Hints, when you want them: hint(1) where to look, hint(2) which idea, hint(3) the steps in words.")
+        print("Hints, when you want them: hint(1), then hint(2), then hint(3).")
     return Points(task.points if found.passed else 0, task.points)
 
 

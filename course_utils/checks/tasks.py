@@ -201,13 +201,26 @@ def judge(task: Task, outcome: Outcome, seed: int) -> Verdict:
                 f"It raised {outcome.error}: {outcome.message.rstrip('.')}{outcome.place}. "
                 f"That was with {told(cases, outcome)}."
             )
-        praise = task.judge(cases, outcome.values)
+        praise = judged(task, cases, outcome.values)
     except Named as named:
         return Verdict(False, f"not right yet. {named}", named.mistake)
     except Wrong as wrong:
         first, second = task.look_at
         return Verdict(False, f"not right yet. {wrong} Two things to look at: (1) {first} (2) {second}")
     return Verdict(True, f"right. {praise} {points(task.points)}.")
+
+
+def judged(task: Task, cases: Sequence[Any], values: Sequence[Any]) -> str:
+    """What the task's own judge says; values that it cannot even compare are wrong ones."""
+    try:
+        return task.judge(cases, values)
+    except Wrong:
+        raise
+    except Exception as error:
+        raise Wrong(
+            f"What came has another form than what was asked for: {shown(values[0] if values else values)} "
+            f"({type(error).__name__}: {error})."
+        ) from error
 
 
 def told(cases: Sequence[Any], outcome: Outcome) -> str:

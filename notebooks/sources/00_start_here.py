@@ -264,6 +264,16 @@ show(draw_prediction(guess), says=describe_prediction(guess))
 # the cell that measures it.
 
 # %% [markdown]
+# ## Exercises
+# Lessons 01 to 11 have exercise units, and a [bug hunt](../exercises/12_bug_hunt/12_bug_hunt.ipynb) closes the course. What you have done of
+# them is kept in `my_work/progress.json` and nowhere else:
+
+# %%
+from course_utils.checks.overview import show_progress
+
+show_progress()
+
+# %% [markdown]
 # ## A script that does not run
 # This course began with a script of a kind that is still found on the web: it trains a Transformer for this task, numbers to words, with
 # PyTorch's `Pipe`. It does not run today. Here are its first three failures, in short equivalents of its parts. The first line of work is an import:

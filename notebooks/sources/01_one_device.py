@@ -518,7 +518,7 @@ assert first == second != third
 # **Practise:** let the decoder look ahead. In a new cell `import course_utils.transformer`, set `course_utils.transformer.target_mask = padding_mask`, train a new
 # `model = cut.build(0, seed=0)` with `learn`, and ask `exam(model)`. Which of the two tells you that something is wrong, the loss or the exam? Restart
 # the kernel afterwards.
-# Exercises: [unit 01](../exercises/01_one_device/01_one_device.ipynb) (to come).
+# Exercises: [unit 01](../exercises/01_one_device/01_one_device.ipynb).
 #
 # **Next:** [02 · Cut it in one process](02_cut_it.ipynb).
 

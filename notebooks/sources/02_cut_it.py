@@ -448,7 +448,7 @@ print(stage_table(model.builders, by_count(8, 3)))
 #
 # **Practise:** give `by_cost` the costs of the deep model and 2 to 12 stages. From which number on does another stage gain nothing,
 # and which kind of block sets the limit?
-# Exercises: [unit 02](../exercises/02_cut_it/02_cut_it.ipynb) (to come).
+# Exercises: [unit 02](../exercises/02_cut_it/02_cut_it.ipynb).
 #
 # **Next:** [03 · Two processes that talk](03_two_processes_that_talk.ipynb)
 

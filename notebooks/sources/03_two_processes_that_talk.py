@@ -539,7 +539,7 @@ print(status.verdict)
 # **Practise:** let three ranks pass a tensor round a ring, each to the next one. Let all send first, and
 # read the circle that `run_in_threads` names; mend it. Then give rank 1 in `wrong_shape` too small a
 # buffer, `(1, 3)`, and read what the run says.
-# Exercises: [unit 03](../exercises/03_two_processes_that_talk/03_two_processes_that_talk.ipynb) (to come).
+# Exercises: [unit 03](../exercises/03_two_processes_that_talk/03_two_processes_that_talk.ipynb).
 #
 # **Next:** [04 · Naive model parallelism](04_naive_model_parallelism.ipynb)
 

@@ -445,7 +445,7 @@ show(draw_prediction(guess), says=describe_prediction(guess))
 # **Practise:** in a copy of `timed_step` let rank 0 `continue` with the next micro-batch as soon as it has sent, and
 # let rank 1 send nothing back. Train with it: `launch(learn, 2, cut, micro_batches, num_tokens, 10, your_step)`. Does
 # the loss on rank 1, `curve`, fall? Which weights are `unchanged`, and what else would have told you?
-# Exercises: [unit 04](../exercises/04_naive_model_parallelism/04_naive_model_parallelism.ipynb) (to come).
+# Exercises: [unit 04](../exercises/04_naive_model_parallelism/04_naive_model_parallelism.ipynb).
 #
 # **Next:** [05 · Micro-batches](05_micro_batches.ipynb)
 

@@ -458,7 +458,7 @@ show(draw_lines(both, "M", "MiB kept", log_x=True), says=describe_lines(both, "M
 #
 # **Practise:** set `size = 16` in the cell of the time's prediction, and run it and the cells after it again. Which of the two numbers of the line changes, and
 # at which $M$ are the fixed costs half of the time now?
-# Exercises: [unit 05](../exercises/05_micro_batches/05_micro_batches.ipynb) (to come).
+# Exercises: [unit 05](../exercises/05_micro_batches/05_micro_batches.ipynb).
 #
 # **Next:** [06 · The GPipe schedule](06_the_gpipe_schedule.ipynb)
 

@@ -528,7 +528,7 @@ except ScheduleError as error:
 #
 # **Practise:** write a schedule for `parse` with $K=3$, $M=4$ in which stage 2 runs each backward right after its forward. Draw its staircase.
 # Then let stage 0 do the same: what does `validate` say?
-# Exercises: [unit 06](../exercises/06_the_gpipe_schedule/06_the_gpipe_schedule.ipynb) (to come).
+# Exercises: [unit 06](../exercises/06_the_gpipe_schedule/06_the_gpipe_schedule.ipynb).
 #
 # **Next:** [07 · The bubble and the stash](07_bubble_and_stash.ipynb).
 

@@ -430,7 +430,7 @@ show(draw_lines(kept, *axes), says=describe_lines(kept, *axes))
 #
 # **Practise:** with stages that take 1, 1, 2, 1 forward and twice that backward, simulate $K=4$, $M=8$. Which $M$ brings the bubble
 # below 30 % of the total time? Is there one?
-# Exercises: [unit 07](../exercises/07_bubble_and_stash/07_bubble_and_stash.ipynb) (to come).
+# Exercises: [unit 07](../exercises/07_bubble_and_stash/07_bubble_and_stash.ipynb).
 #
 # **Next:** [08 · Mixed precision](08_mixed_precision.ipynb).
 

@@ -678,7 +678,7 @@ assert scaler.is_enabled() and old[0].is_enabled() == torch.cuda.is_available()
 # `Pipeline.step` and `Pipeline.compute`, `pipeline.py`; `precision`, `loss_scale` and `wire_dtype` of `TrainingConfig`, `recipes.py`.
 #
 # **Practise:** from which largest power of two does `run_in_threads(train_a_rank, 2, True)` start without a skipped step? Set `growth_interval` to 100, so that the scale does not grow, and look at the log.
-# Exercises: [unit 08](../exercises/08_mixed_precision/08_mixed_precision.ipynb) (to come).
+# Exercises: [unit 08](../exercises/08_mixed_precision/08_mixed_precision.ipynb).
 #
 # **Next:** [09 · Gradient clipping](09_gradient_clipping.ipynb).
 

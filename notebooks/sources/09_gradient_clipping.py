@@ -753,7 +753,7 @@ assert changed > 0
 # `transfer.py`; the loop in `train_rank`, `training.py`.
 #
 # **Practise:** take `pipeline.expect` out of `emulated_steps`. How many line delays does the exchange cost then, and why?
-# Exercises: [unit 09](../exercises/09_gradient_clipping/09_gradient_clipping.ipynb) (to come).
+# Exercises: [unit 09](../exercises/09_gradient_clipping/09_gradient_clipping.ipynb).
 #
 # **Next:** [10 · The Noam warm-up](10_noam_warm_up.ipynb).
 

@@ -685,7 +685,7 @@ assert distances.max() < 2 * sum(both["article"]) and distances.median() < sizes
 # **Kept for later:** `Noam` in `course_utils/optimization.py`; `TrainingState` in `training_state.py`; `RECIPES` in `recipes.py`.
 #
 # **Practise:** write the schedule with a straight fall to 0 at a last step, and resume it with another number of steps. What happens to the rate?
-# Exercises: [unit 10](../exercises/10_noam_warm_up/10_noam_warm_up.ipynb) (to come).
+# Exercises: [unit 10](../exercises/10_noam_warm_up/10_noam_warm_up.ipynb).
 #
 # **Next:** [11 · Train it all](11_train_it_all.ipynb).
 

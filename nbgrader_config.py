@@ -1,0 +1,44 @@
+"""How nbgrader works in this course: `python course.py nbgrader ...`; see solutions/README.md."""
+
+from nbconvert.preprocessors import TagRemovePreprocessor
+from nbgrader import preprocessors as own
+
+from course_utils.classroom import GradeTasks
+from course_utils.units import CODE_STUB
+
+c = get_config()  # noqa: F821
+
+c.CourseDirectory.course_id = "pipeline-parallelism"
+c.CourseDirectory.source_directory = "solutions"
+c.CourseDirectory.release_directory = "exercises"
+c.CourseDirectory.submitted_directory = "classroom/submitted"
+c.CourseDirectory.autograded_directory = "classroom/autograded"
+c.CourseDirectory.feedback_directory = "classroom/feedback"
+c.CourseDirectory.db_url = "sqlite:///classroom/gradebook.db"
+c.ZipCollect.collect_directory_structure = "classroom/collected/{assignment_id}/{collect_step}"
+
+# A student's copy: without the cells for teachers, then as nbgrader always makes it.
+c.GenerateAssignment.preprocessors = [
+    TagRemovePreprocessor,
+    own.LockCells,
+    own.ClearSolutions,
+    own.ClearOutput,
+    own.CheckCellMetadata,
+    own.ComputeChecksums,
+    own.SaveCells,
+    own.CheckCellMetadata,
+]
+c.TagRemovePreprocessor.enabled = True
+c.TagRemovePreprocessor.remove_cell_tags = ["solution"]
+c.ClearSolutions.code_stub = {"python": CODE_STUB}
+
+# Answers are not run in a kernel of the grader's, but each in a process that has limits and may be lost.
+c.Autograde.autograde_preprocessors = [
+    GradeTasks,
+    own.LimitOutput,
+    own.SaveAutoGrades,
+    own.AssignLatePenalties,
+    own.CheckCellMetadata,
+]
+c.OverwriteCells.add_missing_cells = True
+c.GradeTasks.limit = 10.0  # seconds that an answer gets
