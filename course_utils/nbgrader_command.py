@@ -57,8 +57,9 @@ def ensure(venv: Path = VENV) -> Path:
 
 
 def environment(python: Path) -> dict[str, str]:
-    """nbgrader looks for `alembic` on the PATH."""
-    return os.environ | {"PATH": f"{python.parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    """nbgrader looks for `alembic` on the PATH, and for the templates of pages in Jupyter's folders."""
+    first = {"PATH": str(python.parent), "JUPYTER_PATH": str(Path(sys.prefix) / "share/jupyter")}
+    return os.environ | {k: os.pathsep.join(filter(None, [v, os.environ.get(k)])) for k, v in first.items()}
 
 
 def main(arguments: list[str]) -> int:

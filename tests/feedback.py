@@ -2,20 +2,21 @@
 
 Three of them must be 0: wrong answers that a check accepts, right answers that it refuses, and messages that name a
 mistake that was not made. Wrong answers are the bank's (tests/bank/), which people really give, and mutants of the
-solutions (tests/mutants.py). Those that change nothing that a caller could see stand in tests/bank/equivalent.py, each
-with its reason. A mutant's mistake has no name to compare with; a message may name one if it names the same for other
-inputs.
+solutions (tests/mutants.py), at most 40 of each. Those that change nothing that a caller could see are listed in the
+bank, each with its reason. A mutant's mistake has no name to compare with; a message may name one if it names the same
+for other inputs.
 """
 
 import argparse
+import contextlib
+import functools
 import json
 import os
 import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,12 +27,12 @@ import torch
 
 from course_utils import units
 from course_utils.checks.tasks import Task, Verdict, examine, find_task, tasks_of
-from tests.bank import Answer, all_answers
-from tests.bank.equivalent import EQUIVALENT
+from tests.bank import Answer, all_answers, equivalents
 from tests.mutants import mutants
 
 PUBLISHED = Path(__file__).parent / "bank/published.json"
 SEEDS = (0, 7, 11)  # of the inputs; the first one is a learner's own
+MUTANTS_PER_TASK = 40  # evenly over all that the rules give
 MUTANT_LIMIT = 4.0  # seconds
 HARD_LIMIT = 60.0  # seconds after which the process of a mutant is ended
 
@@ -65,68 +66,72 @@ def all_mutants(wanted: Iterable[str] = ()) -> list[Mutant]:
         setup = "\n".join(line for line in setup.split("\n") if not line.startswith("start("))
         for task in tasks_of(units.unit_of(source)):
             cell = next(cell for cell in cells if units.tagged(cell, "answer") == task.name)
-            found += [Mutant(task, change, setup, text) for change, text in mutants(cell.source)]
+            all_of_it = [Mutant(task, change, setup, text) for change, text in mutants(cell.source)]
+            number = min(MUTANTS_PER_TASK, len(all_of_it))
+            found += [all_of_it[i * len(all_of_it) // number] for i in range(number)]
     return found
 
 
-def in_a_fork(work: Callable[[], list]) -> list | None:
-    """What the work returns, in a process of its own; None if that is lost or does not end."""
+def in_forks(works: Sequence[Callable[[], list]], at_once: int = 2) -> list[list | None]:
+    """What each piece of work returns, each in a process of its own; None if that is lost or does not end.
+
+    Processes are forked by one thread: with several, a child could begin while another thread holds a lock.
+    """
+    results: list[list | None] = [None] * len(works)
+    running: dict[int, tuple[int, int, float, bytes]] = {}  # {pipe: (number, process, when to give up, what came)}
+    waiting = list(range(len(works)))
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            number = waiting.pop(0)
+            pipe, child = fork(works[number])
+            running[pipe] = (number, child, time.monotonic() + HARD_LIMIT, b"")
+        ready, _, _ = select.select(list(running), [], [], 1.0)
+        for pipe, (number, child, give_up, text) in list(running.items()):
+            piece = os.read(pipe, 65536) if pipe in ready else b""
+            if piece:
+                running[pipe] = (number, child, give_up, text + piece)
+            elif pipe in ready or time.monotonic() > give_up:
+                del running[pipe]
+                os.close(pipe)
+                for end in (os.killpg, os.kill):  # its group, if it got so far as to have one
+                    with contextlib.suppress(ProcessLookupError, PermissionError):
+                        end(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                with contextlib.suppress(ValueError):
+                    results[number] = json.loads(text)
+    return results
+
+
+def fork(work: Callable[[], list]) -> tuple[int, int]:
+    """Begin a piece of work; (the pipe on which its result comes as JSON, its process)."""
     reading, writing = os.pipe()
     child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            os.close(reading)
-            os.setsid()
-            null = os.open(os.devnull, os.O_RDWR)
-            for number in range(3):
-                os.dup2(null, number)
-            with os.fdopen(writing, "w") as pipe:
-                json.dump(work(), pipe)
-            status = 0
-        finally:
-            os._exit(status)
-    os.close(writing)
-    give_up, text = time.monotonic() + HARD_LIMIT, b""
+    if child:
+        os.close(writing)
+        return reading, child
     try:
-        while (left := give_up - time.monotonic()) > 0 and select.select([reading], [], [], left)[0]:
-            piece = os.read(reading, 65536)
-            if not piece:
-                break
-            text += piece
+        os.setsid()
+        null = os.open(os.devnull, os.O_RDWR)
+        for number in range(3):
+            os.dup2(null, number)
+        with os.fdopen(writing, "w") as pipe:
+            json.dump(work(), pipe)
     finally:
-        os.close(reading)
-        try:
-            os.killpg(child, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        except PermissionError:
-            os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        os._exit(0)
+
+
+def try_mutant(mutant: Mutant) -> list:
+    """[whether it is accepted, the mistake that is named, whether other inputs say otherwise]"""
+    torch.set_num_threads(1)
     try:
-        return json.loads(text)
-    except ValueError:
-        return None
-
-
-def try_mutant(mutant: Mutant) -> dict:
-    """{"passed", "mistake", "wrong_name"}: what its author would be told."""
-
-    def work() -> list:
-        torch.set_num_threads(1)
-        try:
-            answer = mutant.answer()
-        except Exception:
-            return [False, "", False]
-        first = examine(mutant.task, answer, SEEDS[0], MUTANT_LIMIT)
-        wrong_name = False
-        if first.mistake:
-            others = [examine(mutant.task, mutant.answer(), seed, MUTANT_LIMIT) for seed in SEEDS[1:]]
-            wrong_name = any(other.mistake not in ("", first.mistake) or other.passed for other in others)
-        return [first.passed, first.mistake, wrong_name]
-
-    passed, mistake, wrong_name = in_a_fork(work) or [False, "", False]
-    return {"name": mutant.name, "passed": passed, "mistake": mistake, "wrong_name": wrong_name}
+        answer = mutant.answer()
+    except Exception:
+        return [False, "", False]
+    first = examine(mutant.task, answer, SEEDS[0], MUTANT_LIMIT)
+    if not first.mistake:
+        return [first.passed, "", False]
+    others = [examine(mutant.task, mutant.answer(), seed, MUTANT_LIMIT) for seed in SEEDS[1:]]
+    return [False, first.mistake, any(other.passed or other.mistake not in ("", first.mistake) for other in others)]
 
 
 def try_answer(answer: Answer) -> list[Verdict]:
@@ -136,12 +141,16 @@ def try_answer(answer: Answer) -> list[Verdict]:
 
 def report(mutants_: list[Mutant], answers: list[Answer]) -> dict:
     """The figures, and the names of what is wrong."""
-    with ThreadPoolExecutor(2) as pool:
-        tried = list(pool.map(try_mutant, mutants_))
+    came = in_forks([functools.partial(try_mutant, mutant) for mutant in mutants_])
+    lost = [False, "", False]  # a process that was lost, or ended, is no right answer
+    tried = [
+        dict(zip(("passed", "mistake", "wrong_name"), result or lost, strict=True), name=mutant.name)
+        for mutant, result in zip(mutants_, came, strict=True)
+    ]
     verdicts = {answer: try_answer(answer) for answer in answers}
     right = {a: v for a, v in verdicts.items() if not a.mistake}
     wrong = {a: v for a, v in verdicts.items() if a.mistake}
-    equivalent = {f"{task}: {change}" for task, listed in EQUIVALENT.items() for change in listed}
+    equivalent = {f"{task}: {change}" for task, listed in equivalents().items() for change in listed}
     accepted = {m["name"] for m in tried if m["passed"]}
     named = sum(bool(v[0].mistake) for v in wrong.values())
     return {

@@ -38,11 +38,7 @@ def hand_in(unit: str, **answers: str) -> nbformat.NotebookNode:
 
 HOSTILE = {  # what an answer does instead of answering: (text, what the teacher is told)
     "endless loop": ("def at_most(*a):\n    while True: pass", ""),
-    "a loop that nothing ends": (
-        "def at_most(*a):\n    while True:\n        try:\n            while True: len('')\n"
-        "        except BaseException: pass",
-        "only the end of its process ended it",
-    ),
+    "a loop outside of Python": ("def at_most(*a): return sum(range(10**14))", "only the end of its process ended it"),
     "os._exit": ("import os\ndef at_most(*a): os._exit(0)", "It ended its process (exit status 0)"),
     "exit while the cell runs": ("import os\nos._exit(3)\ndef at_most(*a): ...", "exit status 3"),
     "deadlock": (

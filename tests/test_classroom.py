@@ -63,9 +63,9 @@ def test_answers_are_graded_each_by_itself():
 
 def test_cells_of_the_learners_own_count_and_need_not_run():
     """A helper in a cell of its own is found; a note that fails, and a magic, are no harm."""
-    helper = "def slots(kind): return 1 if kind == 'F' else 2\n"
-    text = solutions(UNIT)["at_most"].replace('Action("B", k, b), 2', 'Action("B", k, b), slots("B")')
-    assert "slots(" in text
+    helper = "def slots_of(kind): return 1 if kind == 'F' else 2\n"
+    text = solutions(UNIT)["at_most"].replace('Action("B", k, b), 2', 'Action("B", k, b), slots_of("B")')
+    assert "slots_of(" in text
     notebook = hand_in(UNIT, at_most=text, first=helper)
     for bad in ("1 / 0", "%timeit 1", "!ls"):
         notebook.cells.insert(0, nbformat.v4.new_code_cell(bad))

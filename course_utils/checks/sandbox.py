@@ -76,6 +76,8 @@ def one_process(hand_ins: Sequence[HandIn], seed: int, limit: float) -> list[Out
             if outcome is None:
                 return [*outcomes, Outcome("lost", message=why_lost)]
             outcomes.append(outcome)
+            if outcome.kind == "forbidden":  # what it has left in its process must not meet the next one
+                break
         return outcomes
 
 
@@ -313,6 +315,8 @@ def main(folder: Path) -> None:
     for number, hand_in in enumerate(request["hand_ins"]):
         outcome = run_answer(hand_in, request["seed"], request["limit"], tried)
         write(outcome, inside / f"{number}.json")
+        if outcome.kind == "forbidden":
+            break
     os._exit(0)  # threads that an answer has left do not matter
 
 

@@ -293,7 +293,7 @@ def same(one: Any, other: Any, tolerance: float = 0.0) -> bool:
         if one.shape != other.shape or one.dtype != other.dtype:
             return False
         if not (one.is_floating_point() and tolerance):
-            return torch.equal(one, other)
+            return torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())
         size = one.double().norm().item()
         return bool((one.double() - other.double()).norm() <= tolerance * max(1.0, size))
     if isinstance(one, list | tuple):

@@ -13,6 +13,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,21 @@ def wrong(task: str, mistake: str, source: str = "") -> Callable[[Callable], Cal
     return note
 
 
+def modules() -> list[ModuleType]:
+    return [
+        importlib.import_module(f"tests.bank.{path.stem}") for path in sorted(Path(__file__).parent.glob("unit_*.py"))
+    ]
+
+
 def all_answers() -> list[Answer]:
     """Of all units."""
-    for path in sorted(Path(__file__).parent.glob("unit_*.py")):
-        importlib.import_module(f"tests.bank.{path.stem}")
+    modules()
     return ANSWERS
+
+
+def equivalents() -> dict[str, dict[str, str]]:
+    """Mutants of solutions that nobody can tell from the solution: {"06.at_most": {what was changed: the reason}}.
+
+    A unit's module lists its own as EQUIVALENT, by hand.
+    """
+    return {task: listed for module in modules() for task, listed in getattr(module, "EQUIVALENT", {}).items()}
