@@ -9,6 +9,7 @@ for other inputs.
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -171,6 +172,11 @@ def report(mutants_: list[Mutant], answers: list[Answer]) -> dict:
             "not_equivalent": sorted({m["name"] for m in tried if not m["passed"]} & equivalent),
         },
     }
+
+
+def replace_judge(task: Task, judge: Callable) -> Task:
+    """The same task with another judge, for tests of this file."""
+    return dataclasses.replace(task, judge=judge)
 
 
 def published() -> dict:

@@ -196,11 +196,11 @@ def test_only_the_oldest_torch_of_the_project_is_tested_as_the_oldest(monkeypatc
 
 def test_test_runs_everything_and_check_the_quick_part():
     everything = [step.name for step in run.plan("test", NOTEBOOKS)]
-    assert everything == ["lint", "format", "types", "tests", "timed tests", "lessons"]
+    assert everything == ["lint", "format", "types", "tests", "timed tests", "solutions", "lessons"]
     quick = run.plan("check", NOTEBOOKS)
     assert [step.name for step in quick] == ["lint", "format", "types", "quick tests"]
     assert "not slow" in " ".join(quick[-1].command)
-    assert [step.name for step in run.plan("test", [])] == everything[:-1]
+    assert [step.name for step in run.plan("test", [])] == everything[:-2]
     tests = [step.arguments for step in run.plan("test", []) if "pytest" in step.arguments]
     assert [arguments[-2:] for arguments in tests] == [("-m", "not timed"), ("-m", "timed")]  # together all of them
     (smoke,) = run.plan("test --smoke", NOTEBOOKS)
