@@ -187,3 +187,18 @@ def test_an_endless_answer_ends():
 def test_values_are_the_same_only_if_they_are():
     assert same([1, 2.0], (1, 2.0)) and same(float("nan"), float("nan"))
     assert not same(True, 1) and not same([1], [1, 2]) and not same(1.0, 1.1, 0.01) and same(1.0, 1.001, 0.01)
+
+
+# --- The teacher's guide ----------------------------------------------------------------------------------------------
+
+
+def test_the_guide_has_a_card_for_each_unit():
+    text = (COURSE / "solutions/README.md").read_text("utf-8")
+    for source, _, _ in UNITS:
+        tasks = tasks_of(units.unit_of(source))
+        minutes, points = sum(task.minutes for task in tasks), sum(task.points for task in tasks)
+        card = text.partition(f"### {units.unit_of(source)} · ")[2].partition("###")[0]
+        assert f": {minutes} minutes, {points} points" in card, source.stem
+        assert "**Objectives:**" in card and "**Usual misconceptions:**" in card
+        assert all(f"`{task.name}` ({task.kind}, {task.minutes})" in card for task in tasks)
+    assert "**nbgrader is no sandbox" in text and "docker run" in text and "GradeTasks.limit" in text
