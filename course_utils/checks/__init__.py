@@ -152,6 +152,7 @@ def start(unit: str) -> None:
     found = tasks.tasks_of(unit)
     progress.opened([task.full_name for task in found])
     kept = progress.read()
+    print("rebuild: from memory. transfer: the answer stands in no lesson. From * (short) to *** (hard).")
     for number, task in enumerate(found, start=1):
         done = kept.get(task.full_name, progress.Done())
         state = f"right since {done.passed.replace('T', ' ')}" if done.passed else "open"
@@ -161,18 +162,25 @@ def start(unit: str) -> None:
         )
 
 
-def call(answer: Callable, *arguments: Any) -> Any:
-    """What your function returns, or None and a sentence if it is not written yet or fails: "Run all" goes on."""
-    if is_unwritten(answer):
-        print(f"{answer.__name__} is not written yet.")
+def call(function: Callable, *arguments: Any) -> Any:
+    """What a function returns; None and a sentence if your part of it is not written or fails: "Run all" goes on.
+
+    Your part is the function itself, or the first function among its arguments.
+    """
+    yours = next((a for a in (*arguments, function) if callable(a) and hasattr(a, "__code__")), function)
+    name = getattr(yours, "__name__", "the function")
+    if is_unwritten(yours):
+        print(f"{name} is not written yet.")
         return None
     try:
         with time_limit(tasks.LIMIT):
-            return answer(*arguments)
+            return function(*arguments)
     except TookTooLong:
-        print(f"{answer.__name__} was still running after {tasks.LIMIT:g} s and was ended.")
+        print(f"{name} was still running after {tasks.LIMIT:g} s and was ended.")
     except NotImplementedError:
-        print(f"{answer.__name__} is not written yet.")
+        print(f"{name} is not written yet.")
     except Exception as error:
-        print(in_lines(f"{answer.__name__} raised {type(error).__name__}: {error}{place_in(answer, error)}"))
+        raised = f"{type(error).__name__}: {error}{place_in(yours, error)}"
+        what = f"{name} raised" if place_in(yours, error) else f"With what {name} gave, this could not be shown:"
+        print(in_lines(f"{what} {raised}"))
     return None

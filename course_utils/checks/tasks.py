@@ -31,6 +31,10 @@ class Named(Wrong):
         self.mistake = mistake
 
 
+class WrongForm(Wrong):
+    """An answer that gave something of another kind than was asked for: no more need be said than what."""
+
+
 @dataclass(frozen=True)
 class Task:
     """One graded task.
@@ -197,13 +201,15 @@ def judge(task: Task, outcome: Outcome, seed: int) -> Verdict:
                 return Verdict(False, f"not right yet. It called the package's own answer: {outcome.message}.")
             if named := task.on_error(outcome.error, outcome.message):
                 raise named
-            raise Wrong(
+            raise WrongForm(
                 f"It raised {outcome.error}: {outcome.message.rstrip('.')}{outcome.place}. "
                 f"That was with {told(cases, outcome)}."
             )
         praise = judged(task, cases, outcome.values)
     except Named as named:
         return Verdict(False, f"not right yet. {named}", named.mistake)
+    except WrongForm as wrong:
+        return Verdict(False, f"not right yet. {wrong}")
     except Wrong as wrong:
         first, second = task.look_at
         return Verdict(False, f"not right yet. {wrong} Two things to look at: (1) {first} (2) {second}")
@@ -217,7 +223,7 @@ def judged(task: Task, cases: Sequence[Any], values: Sequence[Any]) -> str:
     except Wrong:
         raise
     except Exception as error:
-        raise Wrong(
+        raise WrongForm(
             f"What came has another form than what was asked for: {shown(values[0] if values else values)} "
             f"({type(error).__name__}: {error})."
         ) from error

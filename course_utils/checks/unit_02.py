@@ -59,10 +59,21 @@ def tried(answer: Callable, stages: Sequence[NotedStage], *arguments: Any) -> di
             for k, stage in enumerate(stages)
         ],
         "collects": [[t.requires_grad for call in stage.received for t in call] for stage in stages],
+        "shared": shared_leaf(stages),
         "walks": walks,
         "gradients": gradients_of(stages),
         "stuck": stuck,
     }
+
+
+def shared_leaf(stages: Sequence[NotedStage]) -> list[int]:
+    """[stage, stage] that were given one and the same leaf; empty if there are none."""
+    owner: dict[int, int] = {}
+    for k, stage in enumerate(stages):
+        for tensor in (t for call in stage.received for t in call if t.requires_grad):
+            if owner.setdefault(id(tensor), k) != k:
+                return [owner[id(tensor)], k]
+    return []
 
 
 def count_walks(stage: NotedStage, k: int, walks: list[int]) -> None:
@@ -109,6 +120,13 @@ def judge_borders(case: Any, came: Mapping[str, Any], needs_gradient: Sequence[S
                 "requires_grad forgotten",
                 f"{at}: what stage {k} received collects no gradient, so there is nothing to hand back.",
             )
+    if came["shared"]:
+        one, other = came["shared"]
+        raise Named(
+            "one leaf for several stages",
+            f"{at}: stages {one} and {other} were given the same leaf, so that its gradients add up by themselves. "
+            "Stages in processes of their own have no tensor in common.",
+        )
     if "second time" in came["stuck"] or max(came["walks"]) > 1:
         k = came["walks"].index(max(came["walks"]))
         raise Named(

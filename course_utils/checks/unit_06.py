@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 
 from course_utils.checks.report import Wrong
-from course_utils.checks.tasks import Named, Task
+from course_utils.checks.tasks import Named, Task, WrongForm
 from course_utils.pipeline import Pipeline
+from course_utils.plots import describe_timeline, draw_timeline, show
 from course_utils.schedules import Action, Schedule, ScheduleError, gpipe, naive, one_f_one_b, parse
 from course_utils.simulation import peak_stash, simulate
 from course_utils.threads import Deadlock, run_in_threads
@@ -52,7 +53,7 @@ class Rank:
     def receive(self, action: Action) -> float | None:
         """Wait for what an action needs from another rank; None if it needs nothing."""
         message = self._schedule.received_by(action)
-        self.log.append(f"receive {action}")
+        self.log.append(f"receive {action}" + " (it needs nothing)" * (message is None) + f", keeps {len(self._alive)}")
         if message is None:
             return None
         buffer = torch.empty(())
@@ -79,7 +80,7 @@ class Rank:
     def begin_send(self, action: Action, result: float) -> Any:
         """Begin to send what an action has made to whoever needs it; what is returned must be waited for."""
         message = self._schedule.sent_by(action)
-        self.log.append(f"send {action}")
+        self.log.append(f"send {action}" + " (nobody needs it)" * (message is None))
         if message is None:
             return None
         operation = self._worker.transport.isend(
@@ -222,6 +223,15 @@ def draw_limits(draw: random.Random) -> list[Limit]:
     return limits + [Limit(draw.randint(2, 6), draw.randint(2, 9), draw.randint(1, 5)) for _ in range(6)]
 
 
+def show_schedules(answer: Callable) -> None:
+    """Draw an answer's schedules for 4 stages, 8 micro-batches and two caps."""
+    for cap in (4, 2):
+        schedule = answer(4, 8, cap)
+        timeline = simulate(schedule, FORWARD, BACKWARD)
+        show(draw_timeline(timeline), says=f"A cap of {cap}. {describe_timeline(timeline)}")
+        print(f"graphs kept at most, by stage: {peak_stash(schedule)}; target: {target(4, 8, cap)} slots")
+
+
 def attempt_limit(answer: Callable, limit: Limit) -> dict[str, Any]:
     return as_values(answer(*limit))
 
@@ -241,10 +251,17 @@ def judge_limits(limits: Sequence[Limit], came: Sequence[Any]) -> str:
     )
 
 
+def a_or_an(name: str) -> str:
+    return f"a{'n' * (name[0].lower() in 'aeiou')} {name}"
+
+
 def judge_limit(limit: Limit, values: dict[str, Any]) -> None:
     if "no schedule" in values:
         forgotten = " Is a `return` missing?" if values["no schedule"] == "NoneType" else ""
-        raise Wrong(f"With {limit}: expected a Schedule, came a {values['no schedule']}.{forgotten}")
+        raise WrongForm(
+            f"With {limit}: expected a Schedule, which one_stage_per_rank(num_micro_batches, rows) makes; came "
+            f"{a_or_an(values['no schedule'])}.{forgotten}"
+        )
     try:
         schedule = parse(values["text"], values["rank_of_stage"])
         if (schedule.num_ranks, values["M"], schedule.rank_of_stage) != (limit.K, limit.M, tuple(range(limit.K))):
@@ -321,7 +338,8 @@ TASKS = (
             "is in lesson 06 under 'Execute it' (../../notebooks/06_the_gpipe_schedule.ipynb).",
             "For each action: receive what it needs. If it is a forward, compute it and keep the graph under its "
             "micro-batch; otherwise take that graph out of what is kept and compute the backward. Begin to send the "
-            "result and note what is returned. After the last action, wait for everything noted.",
+            "result and note what is returned. After the last action, wait for everything noted. Leave no variable "
+            "with a graph in it behind: a name keeps all that the graph holds.",
         ),
     ),
     Task(

@@ -651,9 +651,8 @@ class TiedModel(NamedTuple):
     embedding: float = 1.0  # the size of its gradients beside that of the others
 
     def __str__(self) -> str:
-        return (
-            f"K={self.K}, max_norm={self.max_norm:g}, embedding's gradients times {self.embedding:g} (seed {self.seed})"
-        )
+        larger = f", the embedding's gradients {self.embedding:g} times as large" if self.embedding != 1 else ""
+        return f"K={self.K}, max_norm={self.max_norm:g}{larger} (seed {self.seed})"
 
 
 def use_of(model: TiedModel, name: str, stage: int) -> Tensor:
@@ -998,7 +997,8 @@ TASKS = (
         judge=judge_norms,
         look_at=(
             "what the norms of two stages make together, for p=1, p=2 and p=inf, on paper.",
-            "what a stage tells that has no gradient at all, a NaN, or numbers too large for their precision.",
+            "what a stage tells that has no gradient at all, a NaN, or numbers too large, or with too few digits, for "
+            "their precision.",
         ),
         hints=(
             "Two stages with the gradients (1, 2) and (3,): write down the norm of the whole for p=1, 2 and infinity. "

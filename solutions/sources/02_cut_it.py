@@ -20,7 +20,7 @@ start("02")
 #
 # | | |
 # | --- | --- |
-# | `x` | what goes into the first stage: its carry is `(x, None)` |
+# | `x` | a float tensor that needs no gradient, and goes into the first stage: its carry is `(x, None)` |
 # | `stage(carry)` | returns the next carry. A carry is the pair (hidden, memory); one of the two may be `None` |
 # | `stages[-1](carry)` | returns `(loss, None)`; the loss is a single number |
 
@@ -53,7 +53,7 @@ for k, stage in enumerate(stages):
     there = [parameter.grad is not None for parameter in stage.parameters()]
     print(f"stage {k}: {sum(there)} of {len(there)} parameters have a gradient")
 if loss is not None:
-    print(f"loss {float(loss):.4f}")
+    print(f"loss {float(loss.detach()):.4f}")
 
 # %% tags=["check:step_in_stages", "nbval-check-output"]
 check("unit02.step_in_stages", step_in_stages)
@@ -106,7 +106,7 @@ stages, x = build_skips(skips)
 print("\n".join(plan_of(stages)))
 
 # %% [markdown]
-# Between stages only numbers cross, as if each stage were in a process of its own. The gradients of all uses of a tensor have to be added up before
+# Between stages only numbers cross, as if each stage were in a process of its own, so every stage gets a leaf of its own, also of a tensor that others use. The gradients of all uses of a tensor have to be added up before
 # the walk through the stage that made it. In which order, so that the bits are those of one device?
 
 

@@ -6,7 +6,6 @@
 
 # %% tags=["setup"]
 from course_utils.checks import call, check, hint, start
-from course_utils.plots import describe_timeline, draw_timeline, show
 from course_utils.schedules import Action, gpipe, one_stage_per_rank
 from course_utils.simulation import peak_stash, simulate
 
@@ -23,8 +22,8 @@ start("06")
 # | `rank.receive(action)` | waits for what an action needs from another rank, and returns it; `None` if it needs nothing |
 # | `rank.forward(micro_batch, arrived)` | returns the graph and the activations |
 # | `rank.backward(graph, arrived)` | returns the gradients; `graph` is that of the same micro-batch's forward |
-# | `rank.begin_send(action, result)` | begins to send what the action has made, if anybody needs it; returns a handle |
-# | `rank.wait(handle)` | waits until it is sent |
+# | `rank.begin_send(action, result)` | begins to send what the action has made, and returns a handle; `None` if nobody needs it |
+# | `rank.wait(handle)` | waits until it is sent; `wait(None)` does nothing |
 
 
 # %% tags=["answer:run_rank"]
@@ -81,7 +80,8 @@ check("unit06.run_rank", waits_at_once)
 # %% [markdown]
 # ## 2 · As fast as the memory allows
 # GPipe keeps $M$ graphs on every stage. Write a schedule for $K$ stages in which **no stage ever keeps more than `cap` graphs**, and
-# which is **as fast as it can be** under that limit: a forward takes 1 slot, a backward 2, messages take none. Numbers to reach:
+# which is **as fast as it can be** under that limit: a forward takes 1 slot, a backward 2, messages take none.
+# A graph is kept from the start of its forward to the end of its backward. Numbers to reach:
 
 # %% tags=["nbval-check-output"]
 from course_utils.checks.unit_06 import target
@@ -125,14 +125,13 @@ def at_most(num_stages, num_micro_batches, cap):
 
 
 # %% [markdown]
-# Your schedule for four stages, eight micro-batches, a cap of 4. Does the pattern look familiar?
+# Your schedules for four stages and eight micro-batches, with a cap of 4 and of 2. Does the first pattern look familiar? Where do the
+# stages stand still in the second?
 
 # %%
-mine = call(at_most, 4, 8, 4)
-if mine is not None:
-    timeline = simulate(mine, 1, 2)
-    show(draw_timeline(timeline), says=describe_timeline(timeline))
-    print("graphs kept at most, by stage:", peak_stash(mine))
+from course_utils.checks.unit_06 import show_schedules
+
+call(show_schedules, at_most)
 
 # %% tags=["check:at_most", "nbval-check-output"]
 check("unit06.at_most", at_most)

@@ -19,7 +19,8 @@ start("09")
 # ## 1 · Clip by the norm of all, from memory
 # Each rank has its own gradients, still multiplied by the loss scale, a power of two. Bring them to the right size and clip them by the
 # norm of the whole model. **Target:** the norm that is returned has **every bit** of `clip_grad_norm_` on one device, the gradients agree
-# **within 1e-6**, and the ranks talk **once**. If the norm is not finite, return it and clip nothing.
+# **within 1e-6**, and the ranks talk **once**. If the norm is not finite, return it and clip nothing (whether the gradients
+# are unscaled then does not matter).
 #
 # | | |
 # | --- | --- |
@@ -88,7 +89,7 @@ check("unit09.clip_rank", clips_first)
 # | --- | --- |
 # | `gradients` | a list of this stage's tensors; some are `None`, and a stage may have none at all |
 # | `p` | a float, `math.inf` among them |
-# | `tell(number)` | tells all stages a float, or a tensor with one element; returns the list of what all have told, by stage |
+# | `tell(number)` | tells all stages a float, or a tensor with one element; returns the list of what all have told, by stage, as floats |
 #
 # A NaN in any gradient makes the norm NaN on all stages: they decide by it whether to skip the step.
 
@@ -140,14 +141,15 @@ check("unit09.norm_of_all", with_max)
 # ## 3 · A tied weight counts once
 # The first stage looks up an embedding, the last one uses the same matrix for its outputs. Each has a copy, and in a step each copy gets
 # a gradient of its own. Make them one weight again, and clip. **Target:** the norm and the gradients of one device with one shared embedding,
-# **within 1e-6**; both copies equal **in every bit**; at most **one swap** of the embedding's gradient and **one number** per stage.
+# **within 1e-6**; both copies equal **in every bit**; at most **one swap** of the embedding's gradient and **one number** per stage. All norms
+# here are finite.
 #
 # | | |
 # | --- | --- |
 # | `rank.rank`, `rank.num_stages` | which stage this is, of how many; there may be one alone |
 # | `rank.gradients` | `{name: tensor}` of this stage; the first and the last have `"embedding"`; change them in place or replace them |
 # | `rank.swap(tensor)` | gives it to the stage with the other copy, and returns the tensor that comes from there |
-# | `rank.tell(number)` | tells all stages a float, or a tensor with one element; returns the list of what all have told, by stage |
+# | `rank.tell(number)` | tells all stages a float, or a tensor with one element; returns the list of what all have told, by stage, as floats |
 
 
 # %% tags=["answer:clip_tied"]
