@@ -93,7 +93,8 @@ def wheelhouse_command(options: argparse.Namespace) -> int:
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     build_wheel(options.out)
     here = ["--wheel-dir", str(options.out), "--find-links", str(options.out), "--constraint", str(constraints)]
-    subprocess.run([*pip, "wheel", *here, *options.packages, "pipeline-parallelism-from-scratch"], check=True)
+    few = ["--no-deps"] * options.no_deps
+    subprocess.run([*pip, "wheel", *few, *here, *options.packages, "pipeline-parallelism-from-scratch"], check=True)
     print(
         f"\n{len(list(options.out.glob('*.whl')))} wheels in {options.out}. In the classroom, without a network:\n"
         f"  python -m pip install --no-index --find-links {options.out.name} pipeline-parallelism-from-scratch"
@@ -111,6 +112,7 @@ def main(arguments: list[str]) -> int:
     command.set_defaults(command=unit_command)
     command = commands.add_parser("wheelhouse", help="collect the wheels that a classroom without a network needs")
     command.add_argument("packages", nargs="*", default=[], help="more packages to collect, for example nbgrader")
+    command.add_argument("--no-deps", action="store_true", help="nothing but the course and the packages named")
     command.add_argument("--out", type=Path, default=PACKED / "wheelhouse", metavar="FOLDER")
     command.set_defaults(command=wheelhouse_command)
     options = parser.parse_args(arguments)

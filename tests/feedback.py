@@ -135,9 +135,13 @@ def try_mutant(mutant: Mutant) -> list:
     return [False, first.mistake, any(other.passed or other.mistake not in ("", first.mistake) for other in others)]
 
 
-def try_answer(answer: Answer) -> list[Verdict]:
-    task = find_task(f"unit{answer.task}")
-    return [examine(task, answer.answer, seed) for seed in SEEDS]
+def try_answer(answer: Answer, seconds: list[float]) -> list[Verdict]:
+    task, verdicts = find_task(f"unit{answer.task}"), []
+    for seed in SEEDS:
+        started = time.perf_counter()
+        verdicts.append(examine(task, answer.answer, seed))
+        seconds.append(time.perf_counter() - started)
+    return verdicts
 
 
 def report(mutants_: list[Mutant], answers: list[Answer]) -> dict:
@@ -148,7 +152,8 @@ def report(mutants_: list[Mutant], answers: list[Answer]) -> dict:
         dict(zip(("passed", "mistake", "wrong_name"), result or lost, strict=True), name=mutant.name)
         for mutant, result in zip(mutants_, came, strict=True)
     ]
-    verdicts = {answer: try_answer(answer) for answer in answers}
+    seconds: list[float] = []
+    verdicts = {answer: try_answer(answer, seconds) for answer in answers}
     right = {a: v for a, v in verdicts.items() if not a.mistake}
     wrong = {a: v for a, v in verdicts.items() if a.mistake}
     equivalent = {f"{task}: {change}" for task, listed in equivalents().items() for change in listed}
@@ -163,6 +168,7 @@ def report(mutants_: list[Mutant], answers: list[Answer]) -> dict:
         + sum(v.mistake not in ("", a.mistake) for a, vs in wrong.items() for v in vs),
         "bank": len(wrong),
         "named_share": round(named / len(wrong), 3) if wrong else 0.0,
+        "seconds_of_95_percent": round(sorted(seconds)[int(0.95 * len(seconds))], 2) if seconds else 0.0,
         "details": {
             "accepted": sorted(accepted - equivalent)
             + sorted(a.name for a, vs in wrong.items() if any(v.passed for v in vs)),
@@ -210,6 +216,7 @@ def main(arguments: list[str]) -> int:
         print(f"right answers refused {found['right_refused']} of {found['right_answers']}")
         print(f"wrong names {found['wrong_names']} of {found['mutants'] + found['bank']}")
         print(f"mistakes of the bank that are named: {found['named_share']:.0%}")
+        print(f"95 % of all checks of the bank's answers took at most {found['seconds_of_95_percent']:g} s here")
         for what, names in found["details"].items():
             for name in names:
                 print(f"  {what}: {name}")

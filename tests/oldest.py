@@ -13,6 +13,7 @@ COURSE = Path(__file__).resolve().parents[1]
 # What these test is no code that torch runs, or is run once already with the torch that constraints.txt names: the
 # lessons and the checks of what readers write in them, the building of notebooks, and the project around the course.
 NOT_THE_ENGINE = ("test_lesson*", "test_notebooks", "test_checks", "test_workspace", "test_project", "test_course")
+NOT_THE_ENGINE += ("test_units", "test_exercises_run", "test_feedback", "test_classroom", "test_packing")
 
 
 def engine_tests(folder: Path = COURSE / "tests") -> list[str]:
