@@ -219,7 +219,7 @@ def target(num_stages: int, num_micro_batches: int, cap: int) -> int:
 
 def draw_limits(draw: random.Random) -> list[Limit]:
     limits = [Limit(2, 4, 2), Limit(1, 3, 1), Limit(4, 8, 4), Limit(4, 8, 2), Limit(3, 1, 2), Limit(3, 5, 8)]
-    limits += [Limit(3, 4, 2), Limit(3, 5, 3)]
+    limits += [Limit(3, 4, 2), Limit(3, 5, 3), Limit(5, 6, 5)]
     return limits + [Limit(draw.randint(2, 6), draw.randint(2, 9), draw.randint(1, 5)) for _ in range(6)]
 
 

@@ -828,10 +828,10 @@ def draw_norms(draw: random.Random) -> list[Norms]:
     fixed = [
         (((3.0,), (4.0,)), 2.5),
         (((0.3, 0.1), (0.2,)), 2.0),
-        (((0.5, 0.4), (5.0,), (0.1, 0.2)), 1.0),
+        (((2e-7, 1e-7), (3e-7,), (1e-7, 2e-7)), 1.0),  # less than the 1e-6 that torch adds to a norm
         (((0.8,), (0.7,)), 1.0),
         (((2.0, 3.0),), 0.5),
-        (((1.0,), (math.inf,)), 1.0),
+        (((0.5,), (math.inf,)), 1.0),
     ]
     drawn = tuple(tuple(round(draw.uniform(0.1, 3), 1) for _ in range(draw.randint(1, 3))) for _ in range(3))
     return [Norms(norms, max_norm, draw.randrange(10**6)) for norms, max_norm in [*fixed, (drawn, 0.7)]]
@@ -934,6 +934,11 @@ CLIP_MISTAKES = (
         "gradients made longer",
         "Gradients that were short enough were made longer.",
         with_clip(together, lambda norm, max_norm, own: max_norm / (norm + 1e-6)),
+    ),
+    Mistake(
+        "gradients made longer",
+        "Gradients that were short enough were made longer.",
+        with_clip(together, lambda norm, max_norm, own: max_norm / norm),
     ),
     Mistake(
         "nothing clipped",

@@ -370,3 +370,27 @@ def width_of_the_example(sequences, width):
 def no_heads(sequences, width):
     ids, positions, mask, targets = packed(sequences, width)
     return ids, positions, mask[:, 0], targets
+
+
+EQUIVALENT = {
+    "01.one_step": {
+        "arguments swapped, line 9, column 47: logits.transpose(1, 2) -> logits.transpose(2, 1)": (
+            "exchanging two dimensions is the same either way round"
+        ),
+    },
+    "01.pack": {
+        "constant, line 5, column 52: True -> False": (
+            "shortest first is as tight with 2, 4 and 8 slots: the gaps are 2 + 4 at most, the last row holds more"
+        ),
+        "constant, line 6, column 31: 1 -> 0": (
+            "a row would overflow only by a single slot, and 2, 4, 8 and the width are all even"
+        ),
+        "constant, line 8, column 19: 0 -> -1": (
+            "a row would overflow only by a single slot, and 2, 4, 8 and the width are all even"
+        ),
+        "constant, line 14, column 52: 1 -> 0": (
+            "the first sequence shares its number with the padding, which stands behind all words and may see anything"
+        ),
+        "constant, line 14, column 52: 1 -> 2": "only whether two owners are the same counts, not their numbers",
+    },
+}

@@ -268,7 +268,7 @@ def with_a_dictionary(stages, x):
     return loss
 
 
-@right("02.step_with_skips")
+@wrong("02.step_with_skips", "one leaf for several stages")
 def one_leaf_for_all_users(stages, x):
     """Autograd adds up in the leaf that they share."""
     made, leaves = {}, {"x": x}
@@ -446,17 +446,3 @@ def returns_the_tensor(stages, x):
     _, kept = forward(stages, x)
     back_in_order(kept, add_up)
     return kept[-1][2]["loss"]
-
-
-@wrong("02.step_with_skips", "one leaf for several stages")
-def a_leaf_for_each_name(stages, x):
-    made, leaves = {}, {"x": x}
-    for stage in stages:
-        given = stage({name: leaves[name] for name in stage.takes})
-        made |= given
-        leaves |= {name: tensor.detach().requires_grad_() for name, tensor in given.items() if name != "loss"}
-    for stage in reversed(stages):
-        used = [name for name in stage.gives if name == "loss" or leaves[name].grad is not None]
-        roots = [made[name] for name in used]
-        torch.autograd.backward(roots, [None if name == "loss" else leaves[name].grad for name in used])
-    return made["loss"].detach()

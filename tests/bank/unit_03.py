@@ -593,3 +593,21 @@ def two_messages(samples):
 @wrong("03.recover_link", "no return")
 def nothing_returned(samples):
     lower_hull(samples)
+
+
+EQUIVALENT = {
+    "03.recover_link": {
+        "operator, line 5, column 10: len(kept) > 5 -> len(kept) >= 5": (
+            "one round more or less: with each of 5296 drawn links it is at most 2.5 % off, and 5 % are allowed"
+        ),
+        "constant, line 5, column 22: 5 -> 4": (
+            "one round more or less: with each of 5296 drawn links it is at most 2.5 % off, and 5 % are allowed"
+        ),
+        "constant, line 5, column 22: 5 -> 6": (
+            "one round more or less: with each of 5296 drawn links it is at most 2.7 % off, as the solution itself is"
+        ),
+        "operator, line 7, column 67: seconds <= link.seconds(size) -> seconds < link.seconds(size)": (
+            "no noisy message lies exactly on a fitted line: with 1504 drawn links the result was the same, bit by bit"
+        ),
+    },
+}

@@ -437,3 +437,18 @@ def silent_error(times, memory, K, limit):
 @wrong("04.balance", "sizes instead of stages")
 def gives_sizes(times, memory, K, limit):
     return [len(stage) for stage in recursive(times, memory, K, limit)]
+
+
+EQUIVALENT = {
+    "04.balance": {
+        "constant, line 17, column 71: 0 -> -1": "no time is below 0, so the last stage's own time counts",
+        "constant, line 17, column 71: 0 -> 1": (
+            "it counts only if the slowest stage takes 0, and then every cut that fits is a best one"
+        ),
+        "operator, line 12, column 36: len(times) - rest_of_stages -> len(times) + rest_of_stages": (
+            "the ends that are tried in addition leave a later stage without a block, and no cut is found for those"
+        ),
+        "arguments swapped, line 19, column 30: max(sum(times[start:end]), others[0]) -> "
+        "max(others[0], sum(times[start:end]))": "the maximum of two whole numbers is the same either way round",
+    },
+}

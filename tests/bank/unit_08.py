@@ -634,3 +634,13 @@ def is_good(rank):
 @wrong("08.skip_together", "all instead of any")
 def all_must_agree(rank):
     return bool(disseminate(rank, found(rank), lambda a, b: bool(a and b)))
+
+
+EQUIVALENT = {
+    "08.next_state": {
+        "arguments swapped, line 8, column 20: max(rules.smallest, scale * rules.backoff_factor) -> "
+        "max(scale * rules.backoff_factor, rules.smallest)": "the larger of two numbers, in either order",
+        "arguments swapped, line 13, column 20: min(rules.largest, scale * rules.growth_factor) -> "
+        "min(scale * rules.growth_factor, rules.largest)": "the smaller of two numbers, in either order",
+    },
+}

@@ -606,3 +606,19 @@ def swaps_for_the_norm(rank, max_norm):
     ours = float(rank.gradients["embedding"].double().pow(2).sum()) if rank.rank == 0 else 0.0
     told.append(rank.tell(ours))
     return clip_all(rank, math.sqrt(sum(map(sum, told))), max_norm)
+
+
+EQUIVALENT = {
+    "09.clip_rank": {
+        "operator, line 10, column 7: max_norm < total < math.inf -> max_norm <= total < math.inf": "a norm that is "
+        "the bound, which is above 0, gives a factor of exactly 1",
+    },
+    "09.clip_tied": {
+        "condition, line 7, column 8: if rank.rank > 0: -> if not rank.rank > 0:": "the first copy is left out in "
+        "place of the last one; after the swap the two have the same bits",
+        "operator, line 7, column 11: rank.rank > 0 -> rank.rank <= 0": "the first copy is left out in place of the "
+        "last one; after the swap the two have the same bits",
+        "operator, line 11, column 7: total > max_norm -> total >= max_norm": "a norm that is the bound, a finite "
+        "number above 0, gives a factor of exactly 1",
+    },
+}

@@ -498,3 +498,21 @@ def no_load(optimizer, rate_of):
 @wrong("10.resumable", "no return")
 def returns_no_functions(optimizer, rate_of):
     scheduled(optimizer, rate_of)
+
+
+EQUIVALENT = {
+    "10.noam_rate": {
+        "arguments swapped, line 4, column 36: min(step ** (-0.5), step * warm_up ** (-1.5)) -> "
+        "min(step * warm_up ** (-1.5), step ** (-0.5))": "the smaller of two finite numbers, in either order",
+    },
+    "10.cosine_rate": {
+        "operator, line 4, column 7: step < warm_up -> step <= warm_up": "in step warm_up rise and fall both have the "
+        "peak, to the last digits of a float",
+        "arguments swapped, line 6, column 12: min(1.0, (step - warm_up) / (total - warm_up)) -> "
+        "min((step - warm_up) / (total - warm_up), 1.0)": "the smaller of two finite numbers, in either order",
+    },
+    "10.resumable": {
+        "constant, line 8, column 69: True -> False": "there is one base rate for each parameter group, so neither "
+        "sequence is longer",
+    },
+}

@@ -454,3 +454,18 @@ def short_backward(cluster):
         cluster,
         time=lambda order, f, K, M, again, rows, blocks: simulate(order, f, f, cluster.message).makespan,
     )
+
+
+EQUIVALENT = {
+    "11.training_step": {
+        "operator, line 10, column 11: norm > rank.max_norm -> norm >= rank.max_norm": "a norm that is max_norm, which "
+        "is above 0, gives a factor of exactly 1",
+    },
+    "11.fastest_plan": {
+        "constant, line 10, column 53: 1 -> 2": "one micro-batch more than there are rows never divides the rows",
+        "constant, line 22, column 103: True -> False": "there is one size and one stash for each stage, so neither "
+        "sequence is longer",
+        "operator, line 24, column 56: time < least -> time <= least": "the last of several plans with the shortest "
+        "step in place of the first; any of them is right",
+    },
+}

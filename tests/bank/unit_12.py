@@ -455,6 +455,13 @@ def always_scaled(parameters, max_norm, tell):
     return norm
 
 
+@wrong("12.clip", "gradients made longer")
+def always_to_the_bound(parameters, max_norm, tell):
+    norm = math.hypot(*tell(own_norm(parameters)))
+    multiply(parameters, max_norm / norm)
+    return norm
+
+
 @wrong("12.clip", "nothing clipped")
 def only_the_norm(parameters, max_norm, tell):
     norm = math.hypot(*tell(own_norm(parameters)))
@@ -639,3 +646,27 @@ def without_schedule(saved, parameters, optimizer, state):
 def one_too_far(saved, parameters, optimizer, state):
     all_in_place(saved, parameters, optimizer, state)
     state["step"] += 1
+
+
+EQUIVALENT = {
+    "12.run_layers": {
+        "constant, line 5, column 14: 10000 -> 10001": "keys are as different as before",
+        "constant, line 5, column 14: 10000 -> 9999": "with up to 12 layers and micro-batches the rest is below 9999",
+        "constant, line 5, column 29: 100 -> 101": "keys are as different as before",
+        "constant, line 5, column 29: 100 -> 99": "with up to 12 layers the rest is below 99",
+        "operator, line 5, column 14: 10000 * step + 100 * m + layer.number -> "
+        "10000 * step + 100 * m - layer.number": "with numbers below 100 differences are as different as sums",
+        "operator, line 5, column 14: 10000 * step + 100 * m -> 10000 * step - 100 * m": "with numbers below 100 "
+        "differences are as different as sums, and a seed may be negative",
+    },
+    "12.loss_share": {
+        "arguments swapped, line 4, column 28: logits.transpose(1, 2) -> logits.transpose(2, 1)": "the same two axes "
+        "change places",
+    },
+    "12.clip": {
+        "arguments swapped, line 10, column 26: min(1.0, max_norm / (norm + 1e-06)) -> "
+        "min(max_norm / (norm + 1e-06), 1.0)": "other only for a norm that is NaN, and then the step is skipped",
+        "constant, line 10, column 54: 1e-06 -> 2e-06": "any small number keeps a division by 0 off; the gradients "
+        "change by less than the 2e-6 that are allowed",
+    },
+}
