@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import cross_entropy
 
+from course_utils.charts import describe_bars, draw_bars
 from course_utils.checks.report import Wrong
-from course_utils.checks.tasks import Mistake, Named, Task, compare
+from course_utils.checks.tasks import Mistake, Named, Task, compare, shown
 from course_utils.number_words import even_sizes
+from course_utils.plots import show
 
 PAD = 0
 VOCABULARY = 9
@@ -109,6 +111,16 @@ def plain(value: Any) -> Any:
     if isinstance(value, Tensor) and value.numel() == 1:
         return value.item()
     return value if isinstance(value, int | float | str | None) else type(value).__name__
+
+
+def print_numbers(whose: str, text: str, came: Any) -> None:
+    """Print a text with the numbers that an answer gave in its places, or what it gave instead of so many numbers."""
+    values = [plain(value) for value in (came if isinstance(came, list | tuple) else [came])]
+    places = text.count("{")
+    if len(values) == places and all(isinstance(value, int | float) for value in values):
+        print(whose, text.format(*values))
+    else:
+        print(f"{whose} {places} number{'s' * (places != 1)} expected, came {shown(came)}.")
 
 
 class Sums(NamedTuple):
@@ -404,6 +416,20 @@ def judge_cut(rows: Rows, sizes: Any) -> None:
     most, best = largest(rows.lengths, sizes), smallest_largest(rows)
     if most > best:
         raise Wrong(f"{at}: the largest micro-batch has {most} places with {sizes}; {best} are possible.")
+
+
+def show_cut(lengths: Sequence[int], came: Any) -> None:
+    """The picture of a cut, the places of each micro-batch; a sentence instead if these sizes do not cut the rows."""
+    n = len(lengths)
+    sizes = attempt_rows(lambda *rows: came, Rows(tuple(lengths), 1))
+    if not isinstance(sizes, list) or min(sizes, default=0) < 1 or sum(sizes) != n:
+        print(f"No picture: a list of sizes from 1 up that add up to {n} was expected, came {sizes}.")
+        return
+    places = {}
+    for m, piece in enumerate(torch.tensor(lengths).split(sizes)):
+        places[f"micro-batch {m}, rows of {piece.tolist()}"] = len(piece) * piece.max().item()
+    title = f"{n} rows in {len(sizes)}"
+    show(draw_bars(places, "places", title), says=describe_bars(places, "places", title))
 
 
 # --- token_metrics ----------------------------------------------------------------------------------------------------

@@ -10,9 +10,7 @@ import math
 import torch
 from torch.nn.functional import cross_entropy
 
-from course_utils.charts import describe_bars, draw_bars
 from course_utils.checks import call, check, hint, start
-from course_utils.plots import show
 
 start("05")
 
@@ -50,13 +48,13 @@ def accumulate(model, micro_batches):
 # Five rows in micro-batches of 2, 2 and 1, against one device that takes all five at once:
 
 # %%
-from course_utils.checks.unit_05 import Pieces, SmallModel, make_pieces, whole_batch
+from course_utils.checks.unit_05 import Pieces, SmallModel, make_pieces, print_numbers, whole_batch
 
 example = Pieces(tokens=((3, 1), (7, 6), (2,)), seed=0, left_over=True)
 print(f"all rows at once: loss {whole_batch(example)['loss']:.6f}")
 mine = call(accumulate, SmallModel(example), make_pieces(example))
 if mine is not None:
-    print(f"three micro-batches: loss {mine:.6f}")
+    call(print_numbers, "three micro-batches:", "loss {:.6f}", mine)
 
 # %% tags=["check:accumulate", "nbval-check-output"]
 check("unit05.accumulate", accumulate)
@@ -121,12 +119,11 @@ def split_rows(lengths, num_micro_batches):
 # Your cut of the seven rows, in places:
 
 # %%
+from course_utils.checks.unit_05 import show_cut
+
 mine = call(split_rows, lengths, 5)
 if mine is not None:
-    places = {}
-    for m, piece in enumerate(torch.tensor(lengths).split(mine)):
-        places[f"micro-batch {m}, rows of {piece.tolist()}"] = len(piece) * piece.max().item()
-    show(draw_bars(places, "places", "7 rows in 5"), says=describe_bars(places, "places", "7 rows in 5"))
+    call(show_cut, lengths, mine)
 
 # %% tags=["check:split_rows", "nbval-check-output"]
 check("unit05.split_rows", split_rows)
@@ -179,11 +176,11 @@ def token_metrics(results):
 # Three micro-batches: one of 17 tokens, one of 1, one of 16.
 
 # %%
-from course_utils.checks.unit_05 import Results, make_results
+from course_utils.checks.unit_05 import Results, make_results, print_numbers
 
 mine = call(token_metrics, make_results(Results(((9, 8), (1,), (7, 9)), seed=0, dtype="float32")))
 if mine is not None:
-    print("loss {:.4f}, perplexity {:.4f}, accuracy {:.4f}".format(*map(float, mine)))
+    call(print_numbers, "yours:", "loss {:.4f}, perplexity {:.4f}, accuracy {:.4f}", mine)
 
 # %% tags=["check:token_metrics", "nbval-check-output"]
 check("unit05.token_metrics", token_metrics)

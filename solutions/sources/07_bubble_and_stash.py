@@ -111,12 +111,14 @@ def time_and_bubble(forward, backward, transfer, num_micro_batches):
 # Yours, for the step above, and for more micro-batches. What does the bubble approach?
 
 # %%
+from course_utils.checks.unit_07 import print_numbers
+
 print(f"simulated, M=4: time {timeline.makespan:g}, bubble {timeline.bubble_of_total:.4f}")
 if call(time_and_bubble, forward, backward, transfer, 4) is not None:
     for M in (4, 16, 64, 1_000_000):
         mine = call(time_and_bubble, forward, backward, transfer, M)
         if mine is not None:
-            print(f"yours, M={M:,}: time {mine[0]:,.10g}, bubble {mine[1]:.4f}")
+            call(print_numbers, f"yours, M={M:,}:", "time {:,.10g}, bubble {:.4f}", mine)
 
 # %% tags=["check:time_and_bubble", "nbval-check-output"]
 check("unit07.time_and_bubble", time_and_bubble)
@@ -155,7 +157,7 @@ check("unit07.time_and_bubble", one_slowest)
 # `events` is a list of `(rank, name, start, end)` in microseconds of one clock, in no order. What rank 0 of two did in a small one:
 
 # %% tags=["nbval-check-output"]
-from course_utils.checks.unit_07 import Trace, make_trace, picture, span, summed
+from course_utils.checks.unit_07 import Trace, make_trace, picture, print_numbers, span, summed
 
 events = make_trace(Trace(num_ranks=2, M=1, seed=5))
 print(picture(events, rank=0))
@@ -185,7 +187,7 @@ def bubble_of_trace(events, num_ranks):
 print(f"all operators' durations: {summed(events)} µs; both ranks' time: {2 * span(events)} µs")
 mine = call(bubble_of_trace, events, 2)
 if mine is not None:
-    print(f"bubble {mine:.1%} of the total time")
+    call(print_numbers, "yours:", "bubble {:.1%} of the total time", mine)
 
 # %% tags=["check:bubble_of_trace", "nbval-check-output"]
 check("unit07.bubble_of_trace", bubble_of_trace)

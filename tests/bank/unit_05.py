@@ -524,3 +524,19 @@ def in_low_precision(results):
 def no_exponential(results):
     loss, right_ones, tokens = (sum(column) for column in zip(*(measure(*result) for result in results), strict=True))
     return loss / tokens, loss / tokens, right_ones / tokens
+
+
+# --- Mutants that nobody can tell from the solution -------------------------------------------------------------------
+
+EQUIVALENT = {
+    "05.split_rows": {
+        "arguments swapped, line 11, column 26: max(longest, lengths[start + size]) -> "
+        "max(lengths[start + size], longest)": "the larger of two whole numbers has no order",
+        "constant, line 5, column 53: 1 -> 0": "a limit of 0 leaves each row of tokens alone, which adds up to all "
+        "rows only if M equals their number, and then no other cut exists",
+        "constant, line 5, column 62: 1 -> 2": "products are compared with a limit, of at most cap rows: an additional "
+        "limit cuts as the next smaller one of the others, which was tried before",
+        "constant, line 9, column 28: 1 -> 0": "limits below the longest row fail then instead of leaving it alone; "
+        "the longest row is a limit too, and no cut can be better",
+    },
+}

@@ -448,3 +448,19 @@ def unsorted(events, num_ranks):
 @wrong("07.bubble_of_trace", "in percent")
 def in_percent(events, num_ranks):
     return 100 * merged(events, num_ranks)
+
+
+# --- Mutants that nobody can tell from the solution -------------------------------------------------------------------
+
+EQUIVALENT = {
+    "07.peak_bytes": {
+        "arguments swapped, line 10, column 19: max(peak, kept) -> max(kept, peak)": "the larger of two numbers of "
+        "bytes has no order",
+    },
+    "07.bubble_of_trace": {
+        "arguments swapped, line 10, column 30: max(begin, until) -> max(until, begin)": "the later of two times has "
+        "no order",
+        "operator, line 9, column 15: end > until -> end >= until": "an event that ends where all is covered already "
+        "adds end - until, which is 0",
+    },
+}
