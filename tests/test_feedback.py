@@ -62,11 +62,11 @@ def test_a_sample_of_the_mutants_is_refused():
 # --- That the figures can be bad --------------------------------------------------------------------------------------
 
 
-def test_a_check_that_accepts_anything_is_found_out(monkeypatch):
+def test_a_check_that_accepts_anything_is_found_out():
     lazy = feedback.replace_judge(find_task("unit06.at_most"), lambda cases, came: "fine.")
-    some = [feedback.Mutant(lazy, m.change, m.setup, m.text) for m in ALL if m.task.name == "at_most"][:3]
+    some = [feedback.Mutant(lazy, m.change, m.setup, m.text) for m in ALL if m.task.name == "at_most"][:12]
     found = feedback.report(some, [])
-    assert found["false_accepts"] >= 2 and found["mutants"] == 3
+    assert found["false_accepts"] >= 3 and found["mutants"] >= 10
 
 
 def test_a_message_that_misleads_is_found_out(monkeypatch):
@@ -75,7 +75,7 @@ def test_a_message_that_misleads_is_found_out(monkeypatch):
 
     task = feedback.replace_judge(find_task("unit06.at_most"), misleads)
     monkeypatch.setattr(feedback, "find_task", lambda name: task)
-    answers = [Answer("06.at_most", lambda *sizes: None, "no return"), Answer("06.at_most", lambda *sizes: None)]
+    answers = [Answer("06.at_most", lambda *sizes: 3, "a number"), Answer("06.at_most", lambda *sizes: 3)]
     found = feedback.report([], answers)
     assert (found["wrong_names"], found["right_refused"], found["false_accepts"]) == (len(feedback.SEEDS), 1, 0)
 
@@ -102,6 +102,6 @@ def test_a_mistake_is_named_only_if_it_alone_explains_all():
         assert not isinstance(found.value, Named)
 
 
-def test_a_judge_that_stumbles_refuses(capsys):
+def test_what_is_no_schedule_is_refused():
     verdict = examine(find_task("unit06.at_most"), lambda *sizes: {"text": 3})
-    assert not verdict.passed and "expected a Schedule, came a dict" in verdict.text
+    assert not verdict.passed and "expected a Schedule" in verdict.text and "came a dict" in verdict.text

@@ -22,9 +22,21 @@ ALLOWED = {
     ("_watching.py", "pickle.loads(message)"): 1,  # results and events of a worker, read from its pipe
     ("checkpoint.py", "torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)"): 1,  # tensors alone
 }
+# The text of an answer that was handed in, in a process of its own that has limits; a text of ours that learners mend.
+ALLOWED |= {
+    ("checks/sandbox.py", "exec(compile(text, ANSWER, 'exec'), space)"): 1,
+    ("checks/sandbox.py", "compile(text, ANSWER, 'exec')"): 1,
+    ("checks/sandbox.py", "exec(compile(text, '<cell>', 'exec'), space)"): 1,
+    ("checks/sandbox.py", "compile(text, '<cell>', 'exec')"): 1,
+    ("checks/tasks.py", "exec(text, space)"): 1,
+    ("checks/unit_10.py", "load(json.loads(text))"): 1,  # the learner's own `load`
+    ("checks/unit_12.py", "exec(compile(SCRIPT, NAME, 'exec'), module.__dict__)"): 1,
+    ("checks/unit_12.py", "compile(SCRIPT, NAME, 'exec')"): 1,
+}
 JSON_OR_TEXT = re.compile(r"^(json\.loads|tomllib\.loads?|re\.compile)\(")
 NAMES_OF_OURS = {
     ("checks/__init__.py", "importlib.import_module(f'course_utils.checks.lesson_{lesson}')"): 1,
+    ("checks/tasks.py", "importlib.import_module(f'course_utils.checks.unit_{unit}')"): 1,
     ("checkpoint.py", "load(manifest, dict(named))"): 1,  # a function of that module, which calls torch.load as above
 }
 

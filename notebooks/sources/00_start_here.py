@@ -260,13 +260,11 @@ from course_utils.charts import draw_prediction
 show(draw_prediction(guess), says=describe_prediction(guess))
 
 # %% [markdown]
-# All lessons run whatever is written there: none compares a time with a fixed number, and sentences about speed are made by
-# the cell that measures it.
+# No lesson depends on it: sentences about speed are made by the cell that measures it.
 
 # %% [markdown]
 # ## Exercises
-# Lessons 01 to 11 have exercise units, and a [bug hunt](../exercises/12_bug_hunt/12_bug_hunt.ipynb) closes the course. What you have done of
-# them is kept in `my_work/progress.json` and nowhere else:
+# Lessons 01 to 11 have exercises, then a [bug hunt](../exercises/12_bug_hunt/12_bug_hunt.ipynb). Done so far:
 
 # %%
 from course_utils.checks.overview import show_progress
