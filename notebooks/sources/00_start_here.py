@@ -264,7 +264,7 @@ show(draw_prediction(guess), says=describe_prediction(guess))
 
 # %% [markdown]
 # ## Exercises
-# Lessons 01 to 11 have exercises, then a [bug hunt](../exercises/12_bug_hunt/12_bug_hunt.ipynb). Done so far:
+# Lessons have exercises, then comes a [bug hunt](../exercises/12_bug_hunt/12_bug_hunt.ipynb). Done so far:
 
 # %%
 from course_utils.checks.overview import show_progress
