@@ -15,7 +15,12 @@ c.CourseDirectory.submitted_directory = "classroom/submitted"
 c.CourseDirectory.autograded_directory = "classroom/autograded"
 c.CourseDirectory.feedback_directory = "classroom/feedback"
 c.CourseDirectory.db_url = "sqlite:///classroom/gradebook.db"
-c.ZipCollect.collect_directory_structure = "classroom/collected/{assignment_id}/{collect_step}"
+
+# Hand-ins from a learning platform: STUDENT_06_the_gpipe_schedule.ipynb, or as Moodle names files and folders.
+c.ZipCollectApp.downloaded_directory = "classroom/collected"
+c.FileNameCollectorPlugin.named_regexp = (
+    r".*[/\\](?P<student_id>[^/\\]+?)(?:_\d+_assignsubmission_file)?(?:_|_?[/\\])(?P<file_id>\d\d_[a-z_]+)\.ipynb$"
+)
 
 # A student's copy: without the cells for teachers, then as nbgrader always makes it.
 c.GenerateAssignment.preprocessors = [
