@@ -301,7 +301,7 @@ def test_it_agrees_with_what_the_engine_records(schedule, engine, tmp_path):
     read = from_profiler([tmp_path / "0.json", tmp_path / "1.json"], gap=1.0)
     for rank in (0, 1):
         assert actions(read, rank) == actions(own, rank) == [str(action) for action in schedule.actions[rank]]
-        assert 0.6 * own.busy(rank) < read.busy(rank) <= 1.001 * own.busy(rank)
+        assert 0.6 * own.busy(rank) < read.busy(rank) <= 1.1 * own.busy(rank)  # 1.02 was seen under load
 
 
 @pytest.mark.processes

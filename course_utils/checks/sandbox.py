@@ -82,12 +82,12 @@ def one_process(hand_ins: Sequence[HandIn], seed: int, limit: float) -> list[Out
 
 
 def start(folder: Path) -> subprocess.Popen:
-    own = {"TMPDIR": "inside", "TEMP": "inside", "TMP": "inside", "MPLCONFIGDIR": "inside"}
+    folders = ("TMPDIR", "TEMP", "TMP", "MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR")  # torch sets the last one itself
     kept = {key: value for key, value in os.environ.items() if key != "COURSE_SEED"}
     return subprocess.Popen(
         [sys.executable, "-m", "course_utils.checks.sandbox", str(folder)],
         cwd=folder / "inside",
-        env=kept | {key: str(folder / path) for key, path in own.items()} | {"PYTHONDONTWRITEBYTECODE": "1"},
+        env=kept | dict.fromkeys(folders, str(folder / "inside")) | {"PYTHONDONTWRITEBYTECODE": "1"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
