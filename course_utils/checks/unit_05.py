@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from course_utils.charts import describe_bars, draw_bars
 from course_utils.checks.report import Wrong
-from course_utils.checks.tasks import Mistake, Named, Task, compare, shown
+from course_utils.checks.tasks import Mistake, Named, Task, compare
 from course_utils.number_words import even_sizes
 from course_utils.plots import show
 
@@ -111,16 +111,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, Tensor) and value.numel() == 1:
         return value.item()
     return value if isinstance(value, int | float | str | None) else type(value).__name__
-
-
-def print_numbers(whose: str, text: str, came: Any) -> None:
-    """Print a text with the numbers that an answer gave in its places, or what it gave instead of so many numbers."""
-    values = [plain(value) for value in (came if isinstance(came, list | tuple) else [came])]
-    places = text.count("{")
-    if len(values) == places and all(isinstance(value, int | float) for value in values):
-        print(whose, text.format(*values))
-    else:
-        print(f"{whose} {places} number{'s' * (places != 1)} expected, came {shown(came)}.")
 
 
 class Sums(NamedTuple):

@@ -48,7 +48,8 @@ def accumulate(model, micro_batches):
 # Five rows in micro-batches of 2, 2 and 1, against one device that takes all five at once:
 
 # %%
-from course_utils.checks.unit_05 import Pieces, SmallModel, make_pieces, print_numbers, whole_batch
+from course_utils.checks.unit_05 import Pieces, SmallModel, make_pieces, whole_batch
+from course_utils.checks.values import print_numbers
 
 example = Pieces(tokens=((3, 1), (7, 6), (2,)), seed=0, left_over=True)
 print(f"all rows at once: loss {whole_batch(example)['loss']:.6f}")
@@ -176,7 +177,7 @@ def token_metrics(results):
 # Three micro-batches: one of 17 tokens, one of 1, one of 16.
 
 # %%
-from course_utils.checks.unit_05 import Results, make_results, print_numbers
+from course_utils.checks.unit_05 import Results, make_results
 
 mine = call(token_metrics, make_results(Results(((9, 8), (1,), (7, 9)), seed=0, dtype="float32")))
 if mine is not None:

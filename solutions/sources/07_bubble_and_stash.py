@@ -111,7 +111,7 @@ def time_and_bubble(forward, backward, transfer, num_micro_batches):
 # Yours, for the step above, and for more micro-batches. What does the bubble approach?
 
 # %%
-from course_utils.checks.unit_07 import print_numbers
+from course_utils.checks.values import print_numbers
 
 print(f"simulated, M=4: time {timeline.makespan:g}, bubble {timeline.bubble_of_total:.4f}")
 if call(time_and_bubble, forward, backward, transfer, 4) is not None:
@@ -157,7 +157,7 @@ check("unit07.time_and_bubble", one_slowest)
 # `events` is a list of `(rank, name, start, end)` in microseconds of one clock, in no order. What rank 0 of two did in a small one:
 
 # %% tags=["nbval-check-output"]
-from course_utils.checks.unit_07 import Trace, make_trace, picture, print_numbers, span, summed
+from course_utils.checks.unit_07 import Trace, make_trace, picture, span, summed
 
 events = make_trace(Trace(num_ranks=2, M=1, seed=5))
 print(picture(events, rank=0))
