@@ -17,15 +17,15 @@ from pathlib import Path
 COURSE = Path(__file__).resolve().parents[1]
 RESULTS = COURSE / ".test-results"
 # Seconds on two cores, all steps together.
-BUDGETS = {"test": 1560, "test --smoke": 120, "test --lessons": 480, "check": 150}
+BUDGETS = {"test": 1560, "test --smoke": 120, "test --lessons": 480, "test --weekly": 1000, "check": 150}
 LESSONS_BUDGET = 480  # all of them, two at a time
 # The capstone trains a model: 150 s alone on two cores, and half as long again beside another lesson.
-LESSON_BUDGET = {"11": 225}
+LESSON_BUDGET = {"10": 60, "11": 225}
 ANY_LESSON_BUDGET = 45
 # Seconds after which a cell counts as hung, also beside another lesson; tests/nbval_limits.py applies them.
 CELL_LIMIT = {"11": 400}
 ANY_CELL_LIMIT = 60
-QUICK = "not slow and not network and not gpu and not timed"
+QUICK = "not slow and not network and not gpu and not timed and not weekly"
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Step:
 
 
 def plan(which: str, notebooks: list[str]) -> list[Step]:
-    """The steps of "test", "test --smoke", "test --lessons" or "check", in order."""
+    """The steps of "test", "test --smoke", "test --lessons", "test --weekly" or "check", in order."""
     # Two at a time, but the cells of a notebook and the tests of a file in one process: cells depend on each other.
     workers = str(min(2, usable_cores()))
     two_at_a_time = ("-n", workers, "--dist", "loadscope", "--no-loadscope-reorder")
@@ -59,6 +59,8 @@ def plan(which: str, notebooks: list[str]) -> list[Step]:
         return [lessons]
     if which == "test --smoke":
         return [Step("smoke tests", ("pytest", "-m", "smoke"), 120, "smoke")]
+    if which == "test --weekly":
+        return [Step("weekly tests", ("pytest", *two_at_a_time, "-m", "weekly"), BUDGETS[which], "weekly")]
     steps = [
         Step("lint", ("ruff", "check"), 10),
         Step("format", ("ruff", "format", "--check"), 10),
@@ -67,7 +69,7 @@ def plan(which: str, notebooks: list[str]) -> list[Step]:
     if which == "check":
         return [*steps, Step("quick tests", ("pytest", *two_at_a_time, "-m", QUICK), 120, "quick")]
     # What compares times needs the machine for itself.
-    steps.append(Step("tests", ("pytest", *two_at_a_time, "-m", "not timed"), 820, "tests"))
+    steps.append(Step("tests", ("pytest", *two_at_a_time, "-m", "not timed and not weekly"), 820, "tests"))
     steps.append(Step("timed tests", ("pytest", "-m", "timed"), 80, "timed"))
     units = [path.relative_to(COURSE).as_posix() for path in sorted((COURSE / "solutions").glob("*/*.ipynb"))]
     solutions = Step("solutions", ("pytest", *limits, "--nbval-lax", *two_at_a_time, *units), 120, "solutions")
@@ -96,12 +98,15 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="course.py", description="Run the checks of the course.")
     parser.add_argument("which", choices=["test", "check"])
     parser.add_argument("--smoke", action="store_true", help="only what must work on every system (with test)")
+    parser.add_argument("--weekly", action="store_true", help="only what is too long for every run (with test)")
     parser.add_argument("--lessons", nargs="+", metavar="NN", help="run these lessons and nothing else (with test)")
     parser.add_argument("--cores", type=int, help="use so many cores, where the system can say that (Linux)")
     options = parser.parse_args(arguments)
-    if (options.smoke or options.lessons) and options.which != "test":
-        parser.error("--smoke and --lessons belong to test")
-    which = "test --smoke" if options.smoke else "test --lessons" if options.lessons else options.which
+    parts = {"test --smoke": options.smoke, "test --lessons": options.lessons, "test --weekly": options.weekly}
+    chosen = [part for part, wanted in parts.items() if wanted]
+    if len(chosen) > 1 or (chosen and options.which != "test"):
+        parser.error("--smoke, --lessons and --weekly belong to test, one of them at a time")
+    which = chosen[0] if chosen else options.which
     try:
         notebooks = notebooks_of(options.lessons or [])
     except ValueError as error:

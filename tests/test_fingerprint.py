@@ -7,7 +7,7 @@ import torch
 
 from course_utils import recipes
 from course_utils.fingerprints import StageRecord, fingerprint
-from course_utils.reference import COLUMNS, EVEN, column
+from course_utils.reference import COLUMNS, EVEN, STEPS, column
 from course_utils.schedules import Action, Schedule, gpipe
 from course_utils.threads import run_in_threads
 from course_utils.training import train, train_on_one_device
@@ -16,9 +16,10 @@ from tests.models import TINY_RUN
 
 @pytest.mark.slow
 @pytest.mark.processes
+@pytest.mark.parametrize("steps", [4, pytest.param(STEPS, marks=pytest.mark.weekly)])
 @pytest.mark.parametrize("name", COLUMNS)
-def test_every_way_of_running_gives_one_fingerprint(name):
-    found = column(name, steps=10)  # `course.py fingerprint` takes 20
+def test_every_way_of_running_gives_one_fingerprint(name, steps):
+    found = column(name, steps)
     assert len(set(found.values())) == 1, found
     assert len(found) >= 20
     if name in EVEN:

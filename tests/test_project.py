@@ -202,7 +202,9 @@ def test_test_runs_everything_and_check_the_quick_part():
     assert "not slow" in " ".join(quick[-1].command)
     assert [step.name for step in run.plan("test", [])] == everything[:-2]
     tests = [step.arguments for step in run.plan("test", []) if "pytest" in step.arguments]
-    assert [arguments[-2:] for arguments in tests] == [("-m", "not timed"), ("-m", "timed")]  # together all of them
+    assert [arguments[-2:] for arguments in tests] == [("-m", "not timed and not weekly"), ("-m", "timed")]
+    (weekly,) = run.plan("test --weekly", NOTEBOOKS)
+    assert weekly.arguments[-2:] == ("-m", "weekly")  # together all of them
     (smoke,) = run.plan("test --smoke", NOTEBOOKS)
     assert "smoke" in smoke.arguments
     (lessons,) = run.plan("test --lessons", NOTEBOOKS)

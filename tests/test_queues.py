@@ -686,6 +686,7 @@ def test_a_run_that_goes_on_in_queues_is_never_said_to_hang() -> None:
 # --- The rest -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.weekly
 @pytest.mark.slow
 def test_threads_hang_exactly_where_the_validator_says_so_on_a_thousand_more_schedules() -> None:
     table = compare(seed=2, count=1000)

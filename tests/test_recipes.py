@@ -10,6 +10,7 @@ from course_utils.recipes import RECIPES
 from course_utils.training import train, train_on_one_device
 
 
+@pytest.mark.weekly  # lesson 11 trains both recipes in every run of the tests, and examines them
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_the_default_recipe_learns_to_read_numbers():
@@ -22,6 +23,7 @@ def test_the_default_recipe_learns_to_read_numbers():
     assert result.exact_match >= 0.98
 
 
+@pytest.mark.weekly
 @pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.timeout(400)

@@ -148,9 +148,10 @@ def test_the_bank_has_enough_answers(task):
 @pytest.mark.slow
 @pytest.mark.parametrize("answer", ANSWERS, **by_name(ANSWERS))
 def test_an_answer_is_judged_rightly(answer):
+    """On a learner's own inputs; right ones on others too (`feedback-report`, weekly, tries all on three seeds)."""
     task = find_task(f"unit{answer.task}")
-    said = [examine(task, answer.answer, seed) for seed in SEEDS]
-    assert [v.passed for v in said] == [not answer.mistake] * len(SEEDS), said[0].text
+    said = [examine(task, answer.answer, seed) for seed in (SEEDS[:1] if answer.mistake else SEEDS)]
+    assert [v.passed for v in said] == [not answer.mistake] * len(said), said[0].text
     for verdict in said:
         assert verdict.mistake in ("", answer.mistake), verdict.text
         assert verdict.text.isprintable(), verdict.text

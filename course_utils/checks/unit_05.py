@@ -671,8 +671,8 @@ TASKS = (
             "Suppose somebody told you that 12 places are enough for the largest micro-batch. How would you check "
             "that, going through the rows once?",
             "Turn the question round: not 'how small can it be' but 'does this limit do', for one limit after the "
-            "other (https://en.wikipedia.org/wiki/Partition_problem names the family). Why M sizes must come out is in "
-            "lesson 05 (../../notebooks/05_micro_batches.ipynb).",
+            "other (a search in what the answer may be: https://en.wikipedia.org/wiki/Binary_search). Why M sizes must "
+            "come out is in lesson 05 (../../notebooks/05_micro_batches.ipynb).",
             "List all limits that could be the answer, small ones first. For each: give every micro-batch its first "
             "row, then more rows as long as the limit, the cap and the rows that the others need allow it. If all rows "
             "are used up and no micro-batch is above the limit, these sizes are the result.",

@@ -612,8 +612,8 @@ TASKS = (
             "Follow the forwards alone. When does micro-batch 0 leave the last stage, and how much later does each "
             "further one? Draw K=3 with one slow stage in the middle, then with the slow stage first.",
             "It is the staircase of lesson 07 under 'Count the dots' (../../notebooks/07_bubble_and_stash.ipynb) with "
-            "steps of different heights. That a line moves at the pace of its slowest station has a name: "
-            "https://en.wikipedia.org/wiki/Flow-shop_scheduling.",
+            "steps of different heights. A line moves at the pace of its slowest station, its bottleneck: "
+            "https://en.wikipedia.org/wiki/Bottleneck_(production).",
             "Forwards: the way of one micro-batch through all stages and over all borders, then for each further one "
             "the time of the slowest forward. When the last stage has done its last forward, the same begins for the "
             "backwards, with their own slowest stage. The two add up to the time. The work of all stages, divided by "

@@ -1031,8 +1031,9 @@ TASKS = (
             "Say that the embedding is one number. Stage 0 has the gradient 3 for it, the last stage 1, and there is "
             "nothing else. What is the gradient on one device, and what is its norm? Now add stages in between.",
             "The order matters: the gradients of the copies become one first, the norm comes after, one of the copies "
-            "stands for both in it. Megatron-LM does it like that (https://arxiv.org/abs/2104.04473); a framework that "
-            "counted both is in https://github.com/NVIDIA/Megatron-LM/pull/7227.",
+            "stands for both in it. Megatron-LM does it like that (get_main_grads_for_grad_norm in "
+            "https://github.com/NVIDIA/Megatron-LM/blob/main/megatron/core/optimizer/optimizer.py); a part of it that "
+            "counted both is mended in https://github.com/NVIDIA/Megatron-LM/pull/7227.",
             "If there are several stages and this one has a copy: swap its gradient and add what comes. Then take the "
             "sum of squares of this stage's gradients, without the embedding if another stage counts it. Tell that "
             "number, add up what all have told by stage, take the root. If it is above the bound, multiply all "

@@ -645,7 +645,7 @@ show(draw_lines(drawn, *axes, log_y=True), says=f"{describe_lines(drawn, *axes)}
 # Less than a tenth, and only at the end. Does it learn at all? Run it, and look at how far its weights come:
 
 # %%
-result = train_on_one_device(article)
+result = train_on_one_device(replace(article, micro_batches=1))  # one device need not divide its batches
 before = dict(replace(article, stages=1).cut.build(0, article.seed).named_parameters_globally())
 
 # %% tags=["claim:works"]

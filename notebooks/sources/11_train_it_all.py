@@ -131,13 +131,13 @@ assert all(abs(rank.total / measured.makespan - 1) < 1e-9 for rank in parts.rank
 # what to mend first.
 #
 # ## The run
-# 1,200 steps of 64 numbers below a million; 500 numbers are *held out*: no training batch contains them. An answer counts only if every word is
+# 800 steps of 64 numbers below a million; 500 numbers are *held out*: no training batch contains them. An answer counts only if every word is
 # right, *exact match*. How many per cent will be right?
 
 # %%
 from course_utils.predictions import predict
 
-guess = predict("exact match on held-out numbers", steps=1200, unit="%", value=None)  # put your guess here
+guess = predict("exact match on held-out numbers", steps=800, unit="%", value=None)  # put your guess here
 
 # %% [markdown]
 # Start the next cell and read on; the square button stops it, and no process is left. Each report has one loss, one rate and one norm, although each stage saw only

@@ -205,8 +205,8 @@ check("unit09.clip_tied", counts_twice)
 
 # %% [markdown]
 # ## References
-# Pascanu, Mikolov and Bengio, 2013, [arXiv 1211.5063](https://arxiv.org/abs/1211.5063), section 3.2 · Narayanan et al., 2021,
-# *Megatron-LM*, [arXiv 2104.04473](https://arxiv.org/abs/2104.04473) · PyTorch:
+# Pascanu, Mikolov and Bengio, 2013, [arXiv 1211.5063](https://arxiv.org/abs/1211.5063), section 3.2 · Megatron-LM leaves shared
+# parameters out of the norm: [get_main_grads_for_grad_norm](https://github.com/NVIDIA/Megatron-LM/blob/001199898c4badd01eaf0785c212d8ed7ce83042/megatron/core/optimizer/optimizer.py) · PyTorch:
 # [get_total_norm](https://docs.pytorch.org/docs/stable/generated/torch.nn.utils.get_total_norm.html) · tied weights on two stages:
-# [pytorch#51931](https://github.com/pytorch/pytorch/issues/51931), [torchtitan#1524](https://github.com/pytorch/torchtitan/issues/1524) · a
+# [pytorch#51931](https://github.com/pytorch/pytorch/issues/51931), [piper#13](https://github.com/uw-syfi/piper/issues/13) · a
 # stage's own norm: [torchtitan#596](https://github.com/pytorch/torchtitan/issues/596).

@@ -69,8 +69,9 @@ check("unit11.training_step", training_step)
 # scale is told in any case, because a skipped step is what makes it smaller; it comes last, because until then the gradients need the
 # old one. The learning rate counts updates, so it moves with the optimizer.
 #
-# **One wrong way:** each rank looks at its own gradients to decide ([torchtitan#803](https://github.com/pytorch/torchtitan/issues/803)
-# asks how pipeline stages should share a loss scale). The rank that overflowed skips, the other one waits for its norm:
+# **One wrong way:** each rank looks at its own gradients to decide
+# ([fairscale#179](https://github.com/facebookresearch/fairscale/pull/179): with sharded gradients one GPU skipped, the other stepped and
+# hung). The rank that overflowed skips, the other one waits for its norm:
 
 
 # %% tags=["solution", "nbval-check-output"]

@@ -98,7 +98,7 @@ def a_step(
     return total
 
 
-@wrong("04.naive_step", "mean of means", "DeepSpeed#7773")
+@wrong("04.naive_step", "mean of means", "torchtitan#2206")
 def own_rows(rank):
     rows = rank._step.rows
     return a_step(rank, lambda loss, rank, m: loss / rows[m] / rank.num_micro_batches)
@@ -110,7 +110,7 @@ def sum_of_own_means(rank):
     return a_step(rank, lambda loss, rank, m: loss / rows[m])
 
 
-@wrong("04.naive_step", "not divided", "DeepSpeed#8152")
+@wrong("04.naive_step", "not divided", "torchtitan#2972")
 def summed(rank):
     return a_step(rank, lambda loss, rank, m: loss)
 
@@ -120,7 +120,7 @@ def by_micro_batches(rank):
     return a_step(rank, lambda loss, rank, m: loss / rank.num_micro_batches)
 
 
-@wrong("04.naive_step", "divided on each stage", "torchtitan#1733")
+@wrong("04.naive_step", "divided on each stage", "DeepSpeed#8152")
 def divided_again(rank):
     return a_step(rank, walk=lambda y, gradient, rank: y.backward(gradient / rank.num_rows))
 
@@ -343,13 +343,13 @@ def ignores_memory(times, memory, K, limit):
     return recursive(times, memory, K, limit, fits=lambda i, j: True)
 
 
-@wrong("04.balance", "lost blocks", "torchtitan#963")
+@wrong("04.balance", "lost blocks", "Megatron-LM#1304")
 def loses_the_rest(times, memory, K, limit):
     size = len(times) // K
     return [list(range(k * size, (k + 1) * size)) for k in range(K)]
 
 
-@wrong("04.balance", "leftovers on the last stage", "Megatron-LM#1304")
+@wrong("04.balance", "leftovers on the last stage", "torchtitan#963")
 def rest_on_the_last(times, memory, K, limit):
     size = len(times) // K
     return as_lists([*(k * size for k in range(1, K)), len(times)])

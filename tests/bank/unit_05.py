@@ -486,7 +486,7 @@ def mixed_counts(results):
     return loss / tokens, math.exp(loss / tokens), right_ones / tokens
 
 
-@wrong("05.token_metrics", "only the last micro-batch", "Automodel#3530")
+@wrong("05.token_metrics", "only the last micro-batch", "DeepSpeed#3367")
 def overwritten(results):
     for result in results:
         loss, right_ones, tokens = measure(*result)

@@ -249,7 +249,7 @@ def message_per_stage(forward, backward, transfer, M):
     return two_lines([f + transfer for f in forward], [b + transfer for b in backward], 0, M)
 
 
-@wrong("07.time_and_bubble", "of the ideal time", "Megatron-LM#691")
+@wrong("07.time_and_bubble", "of the ideal time", "arXiv 2104.04473, section 2.2.1")
 def of_the_ideal_time(forward, backward, transfer, M):
     time, bubble = two_lines(forward, backward, transfer, M)
     return time, bubble / (1 - bubble)
@@ -342,7 +342,7 @@ def merged(events, num_ranks):
     return 1 - sum(busy(events, rank) for rank in range(num_ranks)) / num_ranks / length_of(events)
 
 
-@wrong("07.bubble_of_trace", "durations added", "zero-bubble#18")
+@wrong("07.bubble_of_trace", "durations added")
 def added(events, num_ranks):
     total = sum(end - start for _, name, start, end in events if name.startswith(WORK))
     return 1 - total / (num_ranks * length_of(events))
@@ -353,13 +353,13 @@ def added_and_cut_off(events, num_ranks):
     return max(0.0, added(events, num_ranks))
 
 
-@wrong("07.bubble_of_trace", "waits counted as work", "Megatron-LM#691")
+@wrong("07.bubble_of_trace", "waits counted as work", "zero-bubble#25")
 def with_marks(events, num_ranks):
     names = (*WORK, "Forward", "Backward")
     return 1 - sum(busy(events, rank, names) for rank in range(num_ranks)) / (num_ranks * length_of(events))
 
 
-@wrong("07.bubble_of_trace", "only the marks", "Megatron-LM#691")
+@wrong("07.bubble_of_trace", "only the marks")
 def only_marks(events, num_ranks):
     names = ("Forward", "Backward")
     return 1 - sum(busy(events, rank, names) for rank in range(num_ranks)) / (num_ranks * length_of(events))

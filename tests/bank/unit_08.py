@@ -69,7 +69,7 @@ def leaves_early(stage):
     update_scale(stage, False)
 
 
-@wrong("08.end_step", "own gradients only", "torchtitan#803")
+@wrong("08.end_step", "own gradients only", "fairscale#179")
 def each_for_itself(stage):
     skipped = overflows(stage)
     unscale(stage)
@@ -79,7 +79,7 @@ def each_for_itself(stage):
     update_scale(stage, skipped)
 
 
-@wrong("08.end_step", "not all stages join", "torchtitan#803")
+@wrong("08.end_step", "not all stages join", "fairscale#179")
 def each_for_itself_and_leaves(stage):
     skipped = overflows(stage)
     if not skipped:
@@ -447,12 +447,12 @@ def by_norms(rank):
     return not math.isfinite(disseminate(rank, norm, lambda a, b: a + b))
 
 
-@wrong("08.skip_together", "own gradients only", "torchtitan#803")
+@wrong("08.skip_together", "own gradients only", "fairscale#179")
 def for_itself(rank):
     return found(rank)
 
 
-@wrong("08.skip_together", "own gradients only", "torchtitan#803")
+@wrong("08.skip_together", "own gradients only", "fairscale#179")
 def ignores_what_it_hears(rank):
     disseminate(rank, found(rank), lambda a, b: a)
     return found(rank)
@@ -568,7 +568,7 @@ def sends_first(rank):
     return known
 
 
-@wrong("08.skip_together", "all receive first", "pytorch#172668")
+@wrong("08.skip_together", "all receive first")
 def receives_first(rank):
     known, step = found(rank), 1
     while step < rank.world_size:

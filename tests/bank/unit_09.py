@@ -352,7 +352,7 @@ def max_or(tensors):
     return torch.cat(tensors).max().item() if tensors and sum(t.numel() for t in tensors) else -math.inf
 
 
-@wrong("09.norm_of_all", "computed in the gradients' precision", "pytorch#139467")
+@wrong("09.norm_of_all", "computed in the gradients' precision", "torchtitan#4135")
 def in_their_precision(gradients, p, tell):
     norms = [torch.linalg.vector_norm(g, p).item() for g in gradients if g is not None]
     told = tell(torch.linalg.vector_norm(torch.tensor([0.0, *norms], dtype=torch.float64), p).item())
@@ -476,7 +476,7 @@ def averages(rank, max_norm):
     return clip_all(rank, math.sqrt(sum(rank.tell(squares(rank, repeated(rank))))), max_norm)
 
 
-@wrong("09.clip_tied", "the copies' gradients are never added", "pytorch#51931, torchtitan#1524")
+@wrong("09.clip_tied", "the copies' gradients are never added", "pytorch#51931, piper#13")
 def never_adds(rank, max_norm):
     return clip_all(rank, math.sqrt(sum(rank.tell(squares(rank)))), max_norm)
 

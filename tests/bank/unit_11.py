@@ -103,7 +103,7 @@ def own_norm_only(rank):
     return not skipped
 
 
-@wrong("11.training_step", "own decision to skip", "torchtitan#803")
+@wrong("11.training_step", "own decision to skip", "fairscale#179")
 def skips_alone(rank):
     own = {}
 
@@ -114,7 +114,7 @@ def skips_alone(rank):
     return a_step(rank, skipped=decide)
 
 
-@wrong("11.training_step", "sum of norms", "Modalities#313")
+@wrong("11.training_step", "sum of norms", "fastmoe#65")
 def adds_norms(rank):
     return a_step(rank, norm=sum)
 
@@ -148,14 +148,14 @@ def never_skips(rank):
     return True
 
 
-@wrong("11.training_step", "rate moves always", "verl#3674")
+@wrong("11.training_step", "rate moves always", "Lightning#18828")
 def rate_always(rank):
     came = a_step(rank, learning_rate_step=nothing)
     rank.learning_rate_step()
     return came
 
 
-@wrong("11.training_step", "rate never moves", "the_well#77")
+@wrong("11.training_step", "rate never moves")
 def rate_never(rank):
     return a_step(rank, learning_rate_step=nothing)
 
@@ -185,7 +185,7 @@ def scale_all_well(rank):
     return a_step(rank, update_loss_scale=lambda skipped: rank.update_loss_scale(False))
 
 
-@wrong("11.training_step", "an exchange without all ranks", "torchtitan#803")
+@wrong("11.training_step", "an exchange without all ranks", "fairscale#179")
 def exchanges_if_finite(rank):
     rank.zero_grad()
     rank.forward_backward(rank.loss_scale)

@@ -479,7 +479,7 @@ def only_long_ones_tell(parameters, max_norm, tell):
     return norm
 
 
-@wrong("12.clip", "each rank decides about an overflow alone", "torchtitan#803")
+@wrong("12.clip", "each rank decides about an overflow alone", "fairscale#179")
 def overflow_alone(parameters, max_norm, tell):
     own = own_norm(parameters)
     norm = math.hypot(*[other for other in tell(own) if math.isfinite(other)])

@@ -1,9 +1,10 @@
-"""Run all guards in copies of the engine: `python guarding.py`, a folder per line of its input, two at a time.
+"""Run guards in copies of the engine: `python guarding.py`, two copies at a time.
 
-Each copy is run in a fork of this process, which has loaded torch and nothing of the course: what would take seconds to
-start takes none. For every folder a line of JSON comes out: {"folder": ..., "seconds": ..., "guards": {guard: [kind of
-the error, its message]}}, with the guards that failed alone; "guards" is null if the copy took longer than its limit
-and was killed, or died.
+A line of its input is JSON: {"folder": of the copy, "chosen": [guards to run; none: all of them]}. Each copy is run in a
+fork of this process, which has loaded torch and nothing of the course: what would take seconds to start takes none. For
+every copy a line of JSON comes out: {"folder": ..., "seconds": ..., "guards": {guard: [kind of the error, its
+message]}}, with the guards that failed alone; "guards" is null if the copy took longer than its limit and was killed,
+or died.
 """
 
 import json
@@ -23,7 +24,7 @@ AT_ONCE = 2
 LIMIT = 100.0  # seconds for the guards of one copy, which take about two; in a loop without an end it is killed
 
 
-def run_guards(folder: str) -> None:
+def run_guards(folder: str, chosen: list[str]) -> None:
     """In the fork: import the guards of the copy, with the copy's engine, and write down which fail."""
     sys.path[:0] = [folder]
     os.chdir(folder)
@@ -33,6 +34,7 @@ def run_guards(folder: str) -> None:
         from tests import test_guards
 
         guards = {name: guard for name, guard in vars(test_guards).items() if name.startswith("test_")}
+        guards = {name: guards[name] for name in chosen} if chosen else guards
     except Exception:
         failed["import"] = ("ImportError", traceback.format_exc())
         guards = {}
@@ -47,7 +49,7 @@ def run_guards(folder: str) -> None:
     part.rename(Path(folder, "result.json"))
 
 
-def start(folder: str) -> int:
+def start(folder: str, chosen: list[str]) -> int:
     child = os.fork()
     if child == 0:
         status = 1
@@ -55,7 +57,7 @@ def start(folder: str) -> int:
             output = os.open(Path(folder, "output.txt"), os.O_CREAT | os.O_WRONLY, 0o600)
             os.dup2(output, 1)
             os.dup2(output, 2)
-            run_guards(folder)
+            run_guards(folder, chosen)
             status = 0
         finally:
             os._exit(status)  # with whatever threads a bug has left
@@ -63,7 +65,7 @@ def start(folder: str) -> int:
 
 
 def main() -> None:
-    waiting, running = [line.strip() for line in sys.stdin if line.strip()], dict[int, tuple[str, float]]()
+    waiting, running = [json.loads(line) for line in sys.stdin if line.strip()], dict[int, tuple[str, float]]()
     caller = os.getppid()
     while waiting or running:
         if os.getppid() != caller:  # it has been killed: nobody is left who would read a result
@@ -71,8 +73,8 @@ def main() -> None:
                 os.kill(child, signal.SIGKILL)
             return
         while waiting and len(running) < AT_ONCE:
-            folder = waiting.pop(0)
-            running[start(folder)] = folder, time.monotonic()
+            folder, chosen = (request := waiting.pop(0))["folder"], request["chosen"]
+            running[start(folder, chosen)] = folder, time.monotonic()
         for child, (folder, began) in list(running.items()):
             seconds = time.monotonic() - began
             if seconds > LIMIT:
