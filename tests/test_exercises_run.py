@@ -109,3 +109,19 @@ def test_hints_are_opened_by_the_learner(capsys):
         checks.hint(1, "unit06.gpipe")
     with pytest.raises(ValueError, match="there is no exercise unit '99'"):
         checks.check("unit99.x", print)
+
+
+def test_in_the_bug_hunt_a_symptom_is_offered_after_a_while(capsys, monkeypatch):
+    from course_utils import checks
+
+    monkeypatch.setattr(checks, "tried", {})
+
+    def said(answer):
+        checks.check("unit12.split", answer)
+        return capsys.readouterr().out
+
+    assert "Look on. After 3 wrong answers, or ten minutes" in said(unwritten)
+    assert all("Look on." in said(lambda rows, M: []) for _ in range(2))
+    assert "A symptom, when you want it: hint(1)" in said(lambda rows, M: [])
+    monkeypatch.setattr(checks, "tried", {"unit12.split": (0, checks.time.monotonic() - checks.LONG - 1)})
+    assert "A symptom, when you want it: hint(1)" in said(unwritten)

@@ -76,8 +76,10 @@ def test_the_workflow_calls_commands_that_exist():
     )
     assert jobs["newest"]["env"] == {"COURSE_CONSTRAINTS": ""}
     weekly = "github.event_name == 'schedule' || github.event_name == 'workflow_dispatch'"
-    assert [name for name, job in jobs.items() if job["if"] == weekly] == ["newest", "oldest", "soak", "feedback"]
+    on_mondays = [name for name, job in jobs.items() if job["if"] == weekly]
+    assert on_mondays == ["newest", "oldest", "soak", "feedback", "weekly"]
     assert jobs["oldest"]["steps"][-1] == {"run": "python course.py test --oldest"}
+    assert jobs["weekly"]["steps"][-1] == {"run": "python course.py test --weekly"}
     for path in (COURSE / ".github/ISSUE_TEMPLATE").glob("*.yml"):
         assert yaml.safe_load(path.read_text("utf-8"))
 

@@ -47,6 +47,7 @@ def test_a_unit_has_each_of_its_tasks_once(source, solution, copy):
     for kind in ("answer", "check"):
         found = [units.tagged(cell, kind) for cell in nbformat.read(copy, as_version=4).cells]
         assert [name for name in found if name] == [task.name for task in tasks]
+    assert f"**Minutes:** {sum(task.minutes for task in tasks)}" in nbformat.read(copy, as_version=4).cells[0].source
     kinds = {task.kind for task in tasks}
     assert len(tasks) >= 2 and kinds == ({"transfer"} if units.unit_of(source) == "12" else {"rebuild", "transfer"})
 

@@ -7,6 +7,7 @@ Each lesson has a module here, and each of its tasks a function in it that takes
 
 import importlib
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -98,7 +99,9 @@ def not_written() -> str:
 
 # --- Exercises --------------------------------------------------------------------------------------------------------
 
+LONG = 600.0  # seconds after which hints are offered in any case
 last_checked: list[str] = []  # the name of the exercise that was checked last, for `hint(1)`
+tried: dict[str, tuple[int, float]] = {}  # {name of an exercise: (wrong answers, when the first check was)}
 
 
 def check_exercise(name: str, answer: Any, limit: float) -> Points:
@@ -111,8 +114,20 @@ def check_exercise(name: str, answer: Any, limit: float) -> Points:
     if found.passed and task.on_processes is not None:
         print(in_lines(task.on_processes(answer)))
     elif not found.passed:
-        print("Hints, when you want them: hint(1), then hint(2), then hint(3).")
+        count, since = tried.get(name, (0, time.monotonic()))
+        tried[name] = count + found.written, since
+        offer_hints(task)
     return Points(task.points if found.passed else 0, task.points)
+
+
+def offer_hints(task: tasks.Task) -> None:
+    count, since = tried[task.full_name]
+    if not task.patience:
+        print("Hints, when you want them: hint(1), then hint(2), then hint(3).")
+    elif count >= task.patience or time.monotonic() - since > LONG:
+        print("You have looked for a while. A symptom, when you want it: hint(1); then hint(2) and hint(3).")
+    else:
+        print(f"Look on. After {task.patience} wrong answers, or ten minutes, a symptom is offered.")
 
 
 def seed() -> int:

@@ -51,6 +51,7 @@ class Task:
         instead: the package's own answers; whoever calls one while an answer is tried is told to write it.
         on_error: what an error of the answer says about it, (type's name, message) -> Named or None.
         on_processes: runs a right answer once on real processes and says what was seen.
+        patience: after so many wrong answers, or ten minutes, hints are offered; they can be opened at any time.
     """
 
     unit: str
@@ -67,6 +68,7 @@ class Task:
     instead: tuple[Callable, ...] = ()
     on_error: Callable[[str, str], Named | None] = lambda kind, message: None
     on_processes: Callable[[Callable], str] | None = None
+    patience: int = 0
 
     @property
     def full_name(self) -> str:

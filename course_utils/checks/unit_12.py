@@ -1382,7 +1382,15 @@ LESSONS = "../../notebooks/"
 
 def find(name: str, minutes: int, difficulty: int, **others: Any) -> Task:
     """A find: one point, and three hints: a symptom, an experiment that shows it, what must hold in the end."""
-    return Task(unit="12", name=name, kind="transfer", minutes=minutes, points=1, difficulty=difficulty, **others)
+    told: dict[str, Any] = {
+        "unit": "12",
+        "name": name,
+        "kind": "transfer",
+        "minutes": minutes,
+        "points": 1,
+        "difficulty": difficulty,
+    }
+    return Task(**told, patience=3, **others)
 
 
 TASKS = (

@@ -1,7 +1,7 @@
 # %% [markdown] tags=["opening"]
 # # Exercises 12 · The bug hunt
 #
-# **You need** lessons [01](../../notebooks/01_one_device.ipynb) to [11](../../notebooks/11_train_it_all.ipynb). **Minutes:** 80. The finds
+# **You need** lessons [01](../../notebooks/01_one_device.ipynb) to [11](../../notebooks/11_train_it_all.ipynb). **Minutes:** 70. The finds
 # do not depend on each other: take them in any order.
 
 # %% tags=["setup"]
@@ -46,7 +46,7 @@ show_run(logs)
 # | `script.batch(0)` | any function of the script by itself |
 # | `script.train(K, M, steps, saved)` | logs and checkpoints, both by rank; `logs[-1][0]` is the first line of the last rank |
 # | `load_script(split=mine)` | the script with a function of yours in place of its own, or with another constant: `DROPOUT=0.0` |
-# | `hint(1)` | after a check: a symptom. `hint(2)`: an experiment that shows it. `hint(3)`: what must hold in the end |
+# | `hint(1)` | a symptom; it is offered after three wrong answers or ten minutes. `hint(2)`: an experiment that shows it. `hint(3)`: what must hold in the end |
 #
 # **Target:** eight finds, a point each, and 0 of 8 symptoms left in the last cell. The checks know no line of the script: they compare
 # what your function gives with one device, with torch or with a formula.

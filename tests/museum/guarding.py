@@ -1,8 +1,8 @@
 """Run guards in copies of the engine: `python guarding.py`, two copies at a time.
 
-A line of its input is JSON: {"folder": of the copy, "chosen": [guards to run; none: all of them]}. Each copy is run in a
-fork of this process, which has loaded torch and nothing of the course: what would take seconds to start takes none. For
-every copy a line of JSON comes out: {"folder": ..., "seconds": ..., "guards": {guard: [kind of the error, its
+A line of its input is JSON: {"folder": of the copy, "chosen": [guards to run; none: all of them]}. Each copy is run in
+a fork of this process, which has loaded torch and nothing of the course: what would take seconds to start takes none.
+For every copy a line of JSON comes out: {"folder": ..., "seconds": ..., "guards": {guard: [kind of the error, its
 message]}}, with the guards that failed alone; "guards" is null if the copy took longer than its limit and was killed,
 or died.
 """
