@@ -150,13 +150,14 @@ def draw_mask(mask, tokens):
     return figure
 
 
-mine = call(pack, sequences, 16)
-if mine is not None:
-    ids, positions, mask, targets = mine
+def show_first_row(pack):
+    ids, positions, mask, targets = pack(sequences, 16)
     sees = ", ".join(map(str, mask[0, 0].sum(-1).tolist()))
-    show(
-        draw_mask(mask[0, 0], TARGET.decode(ids[0])), says=f"Keys that each query of the first row may look at: {sees}."
-    )
+    says = f"Keys that each query of the first row may look at: {sees}."
+    show(draw_mask(mask[0, 0], TARGET.decode(ids[0])), says=says)
+
+
+call(show_first_row, pack)
 
 # %% tags=["check:pack", "nbval-check-output"]
 check("unit01.pack", pack)

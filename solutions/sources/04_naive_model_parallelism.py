@@ -152,14 +152,18 @@ def balance(times, memory, K, limit):
 # %% [markdown]
 # Yours, with a limit of 28 MB, beside the cut by count:
 
+
 # %%
-mine = call(balance, times, memory, 3, 28)
-if mine is not None:
+def show_stages(balance):
+    mine = balance(times, memory, 3, 28)
     print(mine, "needs", list(stage_sums(memory, mine).values()), "MB")
     bars = {f"by count, {stage}": time for stage, time in stage_sums(times, counted).items()}
     bars |= {f"yours, {stage}": time for stage, time in stage_sums(times, mine).items()}
     labels = {"unit": "ms", "title": "Time of each stage"}
     show(draw_bars(bars, **labels), says=describe_bars(bars, **labels))
+
+
+call(show_stages, balance)
 
 # %% tags=["check:balance", "nbval-check-output"]
 check("unit04.balance", balance)

@@ -141,16 +141,18 @@ def next_state(state, overflowed, rules):
 # %% [markdown]
 # Your scales beside those of torch. Which of the overflows are forgiven?
 
+
 # %%
-state, lines = {"scale": 1024.0}, {"torch": dict(enumerate(of_torch)), "hysteresis 2": {}}
-for t, letter in enumerate(script):
-    state = call(next_state, state, letter == "x", history.rules)
-    if state is None:
-        break
-    lines["hysteresis 2"][t] = state["scale"]
-else:
+def show_scales(next_state):
+    state, lines = {"scale": 1024.0}, {"torch": dict(enumerate(of_torch)), "hysteresis 2": {}}
+    for t, letter in enumerate(script):
+        state = next_state(state, letter == "x", history.rules)
+        lines["hysteresis 2"][t] = state["scale"]
     labels = ("step", "loss scale", f"Steps {script}")
     show(draw_lines(lines, *labels, log_y=True), says=describe_lines(lines, *labels))
+
+
+call(show_scales, next_state)
 
 # %% tags=["check:next_state", "nbval-check-output"]
 check("unit08.next_state", next_state)

@@ -177,12 +177,15 @@ def fastest_plan(cluster):
 # %%
 from course_utils.checks.unit_11 import Plan, memory_of, timeline_of
 
-mine = call(fastest_plan, FIXED[0])
-if mine is not None:
-    plan = Plan(*mine)
+
+def show_plan(fastest_plan):
+    plan = Plan(*fastest_plan(FIXED[0]))
     timeline = timeline_of(FIXED[0], plan)
     print(f"{plan}: {timeline.makespan:g} ms, {memory_of(FIXED[0], plan)} of {FIXED[0].memory} MB")
     show(draw_timeline(timeline), says=describe_timeline(timeline))
+
+
+call(show_plan, fastest_plan)
 
 # %% tags=["check:fastest_plan", "nbval-check-output"]
 check("unit11.fastest_plan", fastest_plan)
