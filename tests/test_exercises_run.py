@@ -1,19 +1,34 @@
 """ "Run all" in a student's copy that nobody has touched goes to the end, with every check unsolved."""
 
+import atexit
+from collections.abc import Iterator
+from typing import Any
+
 import nbformat
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 from nbclient import NotebookClient
+from nbformat import NotebookNode
+from traitlets.config import Config
 
 from course_utils import progress, units
 from course_utils.checks import overview
 from course_utils.checks.tasks import tasks_of
+from tests.handing_in import read
 
 UNITS = list(units.units([]))
+IN_A_KERNEL = ("03", "08")  # in every run of the tests; all of them weekly
 
 
 @pytest.mark.processes
 @pytest.mark.slow
-@pytest.mark.parametrize("copy", [copy for _, _, copy in UNITS], ids=[copy.stem for _, _, copy in UNITS])
+@pytest.mark.parametrize(
+    "copy",
+    [
+        pytest.param(copy, id=copy.stem, marks=[] if copy.stem[:2] in IN_A_KERNEL else pytest.mark.weekly)
+        for _, _, copy in UNITS
+    ],
+)
 def test_an_untouched_copy_runs_to_its_end(copy, tmp_path):
     notebook = nbformat.read(copy, as_version=4)
     options = {"resources": {"metadata": {"path": str(tmp_path)}}, "extra_arguments": ["--IPKernelApp.log_level=40"]}
@@ -23,6 +38,45 @@ def test_an_untouched_copy_runs_to_its_end(copy, tmp_path):
             text = "".join(output.get("text", "") for output in cell.outputs)
             points = [output.data["text/plain"] for output in cell.outputs if output.output_type == "execute_result"]
             assert "not written yet" in text and points == ["0"], text
+
+
+def run_all(unit: str, added: str) -> Iterator[tuple[NotebookNode, Any]]:
+    """Run a unit's cells in this process, an answer's with a text added to it; each cell and its value.
+
+    Raises:
+        AssertionError: a cell raised.
+    """
+    shell = InteractiveShell(user_ns={}, config=Config(HistoryManager={"enabled": False}))
+    atexit.unregister(shell.atexit_operations)  # it empties all memory, once more for each shell
+    for cell in read(unit, "exercises").cells:
+        if cell.cell_type == "code":
+            answer = units.tagged(cell, "answer")
+            came = shell.run_cell(cell.source + (added.format(name=answer) if answer else ""))
+            error = came.error_before_exec or came.error_in_exec
+            assert error is None, f"unit {unit}: {error!r} in {cell.source}"
+            yield cell, came.result
+
+
+ODD = {
+    "nothing": "",
+    "a number": "\ndef {name}(*arguments, **named): return 7\n",
+    "a text": "\ndef {name}(*arguments, **named): return 'x'\n",
+    "a list": "\ndef {name}(*arguments, **named): return [1]\n",
+    "four Nones": "\ndef {name}(*arguments, **named): return (None,) * 4\n",
+    "infinity": "\ndef {name}(*arguments, **named): return float('inf')\n",
+    "an error": "\ndef {name}(*arguments, **named): raise KeyError('x')\n",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ODD)
+def test_whatever_answers_give_run_all_goes_on(what, monkeypatch, capsys):
+    for source, _, _ in UNITS:
+        for cell, points in run_all(units.unit_of(source), ODD[what]):
+            said = capsys.readouterr().out
+            if units.tagged(cell, "check"):
+                expected = "not right yet" if ODD[what] else "not written yet"
+                assert points == 0 and expected in said, said
 
 
 # --- Progress ---------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import torch
 
 from course_utils.checks import call, check, hint, start
 from course_utils.checks.unit_01 import WordModel, most_rows
+from course_utils.checks.values import print_numbers
 from course_utils.number_words import END, PAD, START, TARGET
 from course_utils.plots import new_figure, show
 
@@ -54,7 +55,7 @@ model = WordModel(seed=0)
 loss = call(one_step, model, [TARGET.encode(["seven"]), TARGET.encode(["four", "two"])])
 print("shapes of the ids that the model was given:", model.calls)
 if loss is not None:
-    print(f"loss per token {float(loss):.4f}")
+    print_numbers("yours:", "loss per token {:.4f}", loss)
 
 # %% tags=["check:one_step", "nbval-check-output"]
 check("unit01.one_step", one_step)

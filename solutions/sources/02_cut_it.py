@@ -9,6 +9,7 @@ import torch
 
 from course_utils.checks import call, check, hint, start
 from course_utils.checks.unit_02 import Cut, Skips, build, build_skips, plan_of
+from course_utils.checks.values import print_numbers
 
 start("02")
 
@@ -53,7 +54,7 @@ for k, stage in enumerate(stages):
     there = [parameter.grad is not None for parameter in stage.parameters()]
     print(f"stage {k}: {sum(there)} of {len(there)} parameters have a gradient")
 if loss is not None:
-    print(f"loss {float(loss.detach()):.4f}")
+    print_numbers("yours:", "loss {:.4f}", loss)
 
 # %% tags=["check:step_in_stages", "nbval-check-output"]
 check("unit02.step_in_stages", step_in_stages)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from course_utils.checks import call, check, hint, start
 from course_utils.checks.unit_12 import load_script, show_run, show_script, symptoms
+from course_utils.checks.values import print_numbers
 
 PAD = 0
 
@@ -72,7 +73,7 @@ def split(rows, M):
 # %%
 mine = call(split, torch.arange(8), 4)
 if mine is not None:
-    print(*mine)
+    print(mine)
 
 # %% tags=["check:split", "nbval-check-output"]
 check("unit12.split", split)
@@ -194,8 +195,8 @@ def loss_share(logits, targets, all_targets):
 # %%
 logits, targets = torch.zeros(2, 4, 3), torch.tensor([[1, 2, 1, 2], [2, 0, 0, 0]])
 mine = [call(loss_share, logits[i : i + 1], targets[i : i + 1], targets) for i in range(2)]
-if None not in mine:
-    print("shares:", [round(float(share), 3) for share in mine], "together:", round(float(sum(mine)), 3))
+if not any(share is None for share in mine):
+    print_numbers("shares:", "{:.3f} and {:.3f}", mine)
 
 # %% tags=["check:loss_share", "nbval-check-output"]
 check("unit12.loss_share", loss_share)
@@ -286,7 +287,7 @@ weight = torch.zeros(2, requires_grad=True)
 weight.grad = torch.tensor([3.0, 0.0])
 mine = call(clip, [weight], 2.5, lambda number: [float(number), 4.0])  # the other rank's norm is 4
 if mine is not None:
-    print(f"norm {float(mine):.3f}, gradient {weight.grad.tolist()}")
+    print_numbers(f"gradient {weight.grad.tolist()},", "norm {:.3f}", mine)
 
 # %% tags=["check:clip", "nbval-check-output"]
 check("unit12.clip", clip)
