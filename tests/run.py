@@ -17,8 +17,8 @@ from pathlib import Path
 COURSE = Path(__file__).resolve().parents[1]
 RESULTS = COURSE / ".test-results"
 # Seconds on two cores, all steps together.
-BUDGETS = {"test": 1560, "test --smoke": 120, "test --lessons": 480, "test --weekly": 1000, "check": 150}
-LESSONS_BUDGET = 480  # all of them, two at a time
+BUDGETS = {"test": 1320, "test --smoke": 120, "test --lessons": 420, "test --weekly": 1000, "check": 150}
+LESSONS_BUDGET = 420  # all of them, two at a time
 # The capstone trains a model: 150 s alone on two cores, and half as long again beside another lesson.
 LESSON_BUDGET = {"10": 60, "11": 225}
 ANY_LESSON_BUDGET = 45
@@ -69,10 +69,10 @@ def plan(which: str, notebooks: list[str]) -> list[Step]:
     if which == "check":
         return [*steps, Step("quick tests", ("pytest", *two_at_a_time, "-m", QUICK), 120, "quick")]
     # What compares times needs the machine for itself.
-    steps.append(Step("tests", ("pytest", *two_at_a_time, "-m", "not timed and not weekly"), 820, "tests"))
+    steps.append(Step("tests", ("pytest", *two_at_a_time, "-m", "not timed and not weekly"), 700, "tests"))
     steps.append(Step("timed tests", ("pytest", "-m", "timed"), 80, "timed"))
     units = [path.relative_to(COURSE).as_posix() for path in sorted((COURSE / "solutions").glob("*/*.ipynb"))]
-    solutions = Step("solutions", ("pytest", *limits, "--nbval-lax", *two_at_a_time, *units), 120, "solutions")
+    solutions = Step("solutions", ("pytest", *limits, "--nbval-lax", *two_at_a_time, *units), 90, "solutions")
     return [*steps, solutions, lessons] if notebooks else steps
 
 
