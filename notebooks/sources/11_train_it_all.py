@@ -622,7 +622,7 @@ show(draw_prediction(count_guess), says=describe_prediction(count_guess))
 # **Kept for later:** `train` and `answer` in `course_utils/training.py`; `TrainingState` in `training_state.py`; `Checkpoints` in `checkpoint.py`.
 #
 # **Practise:** train with `steps=600`. Which numbers are wrong now, and of which length?
-# Exercises: [unit 11](../exercises/11_train_it_all/11_train_it_all.ipynb), and after it a script with eight bugs to find, the
+# Exercises: [unit 11](../exercises/11_train_it_all/11_train_it_all.ipynb). After it, a script with eight bugs to find: the
 # [bug hunt](../exercises/12_bug_hunt/12_bug_hunt.ipynb).
 #
 # **Next:** [12 · Read a trace, plan a run](12_read_a_trace.ipynb).
