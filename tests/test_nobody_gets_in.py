@@ -30,8 +30,8 @@ ALLOWED |= {
     ("checks/sandbox.py", "compile(text, '<cell>', 'exec')"): 1,
     ("checks/tasks.py", "exec(text, space)"): 1,
     ("checks/unit_10.py", "load(json.loads(text))"): 1,  # the learner's own `load`
-    ("checks/unit_12.py", "exec(compile(SCRIPT, NAME, 'exec'), module.__dict__)"): 1,
-    ("checks/unit_12.py", "compile(SCRIPT, NAME, 'exec')"): 1,
+    ("checks/bug_hunt.py", "exec(compile(SCRIPT, NAME, 'exec'), module.__dict__)"): 1,
+    ("checks/bug_hunt.py", "compile(SCRIPT, NAME, 'exec')"): 1,
 }
 JSON_OR_TEXT = re.compile(r"^(json\.loads|tomllib\.loads?|re\.compile)\(")
 NAMES_OF_OURS = {

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from course_utils.checks import call, check, hint, start
-from course_utils.checks.unit_12 import load_script, show_run, show_script, symptoms
+from course_utils.checks.bug_hunt import load_script, show_run, show_script, symptoms
 from course_utils.checks.values import print_numbers
 
 PAD = 0

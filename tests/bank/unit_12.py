@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from course_utils.checks.unit_12 import load_script
+from course_utils.checks.bug_hunt import load_script
 from tests.bank import right, wrong
 
 script = load_script()
