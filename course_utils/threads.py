@@ -5,6 +5,7 @@ The same function that runs on real processes runs here. Messages can be made to
 who waits for whom.
 """
 
+import ctypes
 import threading
 import time
 from collections import deque
@@ -220,14 +221,15 @@ def run_in_threads(
     Args:
         queues: the model of queues, a key of `validity.QUEUES`.
         limit: seconds after which a single wait is given up.
-        run_limit: seconds after which the whole run is given up. Threads cannot be killed: a rank that computes for
-            ever does so until its process ends.
+        run_limit: seconds after which the whole run is given up.
         on_event: called with (rank, event) for every `worker.emit(event)`, in the thread of the rank.
 
     Raises:
         Deadlock: as soon as a rank can never go on.
         WaitTimeout: a limit was passed.
         Exception: whatever the function raised first; the other ranks are stopped at their next wait.
+
+    However the run ends, its ranks end with it: one that still computes does so at its next line of Python.
     """
     if world_size < 1:
         raise ValueError(f"world_size is {world_size}; a run needs at least 1 rank")
@@ -241,6 +243,8 @@ def run_in_threads(
             torch.set_num_threads(1)  # sums of one order, as on one device and in processes
             emit = (lambda event: on_event(rank, event)) if on_event else (lambda event: None)
             results[rank] = function(Worker(rank, world_size, ThreadTransport(rank, board), emit), *arguments)
+        except Stopped as caught:
+            error = caught  # of a run that has ended: no cause of anything
         except BaseException as caught:
             error = caught
             errors.append(caught)
@@ -260,6 +264,7 @@ def run_in_threads(
                 break
     finally:
         board.stop()
+        end_threads(threads)
         torch.set_num_threads(num_threads)
     if errors:
         raise first_cause(errors)
@@ -267,6 +272,28 @@ def run_in_threads(
 
 
 LAST_SECONDS = 5.0  # that the other ranks get to reach their next wait after one has failed
+
+
+class Stopped(BaseException):
+    """The run of this thread has ended without it."""
+
+
+def end_threads(threads: list[threading.Thread]) -> None:
+    """Wait a little for threads to end, then raise Stopped in them. One in a call outside of Python may go on."""
+    give_up = time.monotonic() + 1.0
+    started = [thread for thread in threads if thread.ident is not None]
+    for thread in started:
+        thread.join(0.2)
+    while time.monotonic() < give_up and (running := [thread for thread in started if thread.is_alive()]):
+        for thread in running:
+            assert thread.ident is not None
+            raise_in_thread(thread.ident, Stopped)
+        running[0].join(0.05)
+
+
+def raise_in_thread(ident: int, kind: type[BaseException]) -> None:
+    """Raise an exception in another thread, at its next line of Python."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(kind))
 
 
 def first_cause(errors: list[BaseException]) -> BaseException:

@@ -80,6 +80,21 @@ def test_answers_are_graded_each_by_itself():
         assert found == [0, find_task("unit06.at_most").points]
 
 
+LEFT_RUNNING = {
+    "ranks in a loop": "def norm_of_all(gradients, p, tell):\n    while True:\n        pass",
+    "a thread of its own": "import threading\ndef norm_of_all(*a):\n    while True:\n"
+    "        threading.Thread(target=endless).start()\ndef endless():\n    while True: pass",
+}
+
+
+@pytest.mark.parametrize("text", LEFT_RUNNING.values(), ids=LEFT_RUNNING)
+def test_what_an_answer_leaves_running_does_not_meet_the_next_one(text):
+    """It went on beside the next answer, which then took too long."""
+    right = solutions("09")
+    notebook = hand_in("09", clip_rank=right["clip_rank"], norm_of_all=text, clip_tied=right["clip_tied"])
+    assert [g.points for g in grade(notebook, "09", SEED, limit=2.0)] == [3, 0, 5]
+
+
 def test_cells_of_the_learners_own_count_and_need_not_run():
     """A helper in a cell of its own is found; a note that fails, and a magic, are no harm."""
     helper = "def slots_of(kind): return 1 if kind == 'F' else 2\n"

@@ -12,6 +12,8 @@ import pytest
 import torch
 from schedule_strategies import random_schedule
 
+from course_utils import threads
+from course_utils.checks.report import TookTooLong, time_limit
 from course_utils.schedules import Action, Message, Schedule, forward_only, gpipe, looped, one_f_one_b, parse
 from course_utils.threads import Deadlock, run_in_threads
 from course_utils.transfer import Exchange, PlanMismatch, StepPlan
@@ -638,3 +640,34 @@ def test_the_same_deadlock_has_the_same_text_whoever_blocked_first():
         "stage 0 waits for a letter from stage 1; stage 1 waits for a letter from stage 0: "
         "both wait, this is a deadlock",
     }
+
+
+def ranks_left() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("rank")]
+
+
+def computes_for_ever(worker: Worker) -> None:
+    while True:
+        with contextlib.suppress(Exception):  # a stop must not be one
+            sum(range(100))
+
+
+def test_ranks_that_compute_for_ever_end_with_their_run() -> None:
+    with pytest.raises(WaitTimeout, match="given up after 0.3 s"):
+        run_in_threads(computes_for_ever, 3, run_limit=0.3)
+    assert ranks_left() == []
+    with pytest.raises(TookTooLong), time_limit(0.3):
+        run_in_threads(computes_for_ever, 3)
+    assert ranks_left() == []
+
+
+def test_the_error_of_a_rank_is_told_although_another_one_computes_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    def one_fails(worker: Worker) -> None:
+        if worker.rank == 1:
+            raise ValueError("of rank 1")
+        computes_for_ever(worker)
+
+    monkeypatch.setattr(threads, "LAST_SECONDS", 0.2)
+    with pytest.raises(ValueError, match="of rank 1"):
+        run_in_threads(one_fails, 2)
+    assert ranks_left() == []

@@ -3,6 +3,7 @@
 import ast
 import io
 import random
+import threading
 import tokenize
 from pathlib import Path
 
@@ -188,6 +189,15 @@ def test_an_endless_answer_ends():
 
     verdict = examine(find_task("unit06.at_most"), endless, limit=0.3)
     assert "still running after 0.3 s" in verdict.text and LIMIT <= 20
+
+
+def test_an_endless_answer_on_ranks_leaves_nothing_running():
+    def endless(gradients, p, tell):
+        while True:
+            pass
+
+    assert "still running after 1 s" in examine(find_task("unit09.norm_of_all"), endless, limit=1.0).text
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("rank")]
 
 
 def test_values_are_the_same_only_if_they_are():

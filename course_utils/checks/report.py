@@ -1,6 +1,5 @@
 """What the checks of all lessons share: how they say what is wrong, and how they end what does not end."""
 
-import ctypes
 import dis
 import linecache
 import math
@@ -12,6 +11,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from course_utils.threads import raise_in_thread
 
 # What is left of a function whose body is a docstring, `...` or `pass`, in Python 3.11 to 3.14.
 OF_AN_EMPTY_BODY = {"RESUME", "NOP", "LOAD_CONST", "RETURN_CONST", "RETURN_VALUE", "COPY_FREE_VARS", "CACHE"}
@@ -47,14 +48,14 @@ def place_in(answer: Callable, error: BaseException) -> str:
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
     """End what runs in the block after some seconds, on every system: by an exception at its next line of Python."""
-    thread, lock = ctypes.c_ulong(threading.get_ident()), threading.Lock()
+    thread, lock = threading.get_ident(), threading.Lock()
     ended, raised = threading.Event(), threading.Event()
 
     def end() -> None:
         with lock:
             if not ended.is_set():
                 raised.set()
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(TookTooLong))
+                raise_in_thread(thread, TookTooLong)
 
     timer = threading.Timer(seconds, end)
     timer.daemon = True

@@ -76,7 +76,7 @@ def one_process(hand_ins: Sequence[HandIn], seed: int, limit: float) -> list[Out
             if outcome is None:
                 return [*outcomes, Outcome("lost", message=why_lost)]
             outcomes.append(outcome)
-            if outcome.kind == "forbidden":  # what it has left in its process must not meet the next one
+            if outcome.spoilt:  # it ended with this one: what is left in it must not meet the next one
                 break
         return outcomes
 
@@ -287,7 +287,18 @@ def run_answer(hand_in: dict[str, Any], seed: int, limit: float, tried: list[str
     changed = [name for name, what in before.items() if after.get(name) != what]
     if changed:
         tried.append(f"change the course's own {changed[0]}")
-    return Outcome("forbidden", message=tried[0]) if tried else outcome
+    if tried:
+        outcome = Outcome("forbidden", message=tried[0])
+    outcome.spoilt = bool(tried) or threads_left()
+    return outcome
+
+
+def threads_left() -> bool:
+    """Whether threads of an answer still run; they get a moment to end."""
+    give_up = time.monotonic() + 0.5
+    while threading.active_count() > 1 and time.monotonic() < give_up:
+        time.sleep(0.01)
+    return threading.active_count() > 1
 
 
 def define(text: str, space: dict[str, Any], name: str) -> Outcome | None:
@@ -314,7 +325,7 @@ def main(folder: Path) -> None:
     for number, hand_in in enumerate(request["hand_ins"]):
         outcome = run_answer(hand_in, request["seed"], request["limit"], tried)
         write_outcome(outcome, inside / f"{number}.json")
-        if outcome.kind == "forbidden":
+        if outcome.spoilt:
             break
     os._exit(0)  # threads that an answer has left do not matter
 

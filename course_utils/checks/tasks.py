@@ -85,6 +85,7 @@ class Outcome:
     message: str = ""
     place: str = ""  # the line of the answer that it came from
     case: int = 0  # the number of the input that it happened with
+    spoilt: bool = False  # the process in which the answer was tried is not as it was before
 
 
 @dataclass
