@@ -3,7 +3,7 @@
 from nbconvert.preprocessors import TagRemovePreprocessor
 from nbgrader import preprocessors as own
 
-from course_utils.classroom import GradeTasks
+from course_utils.classroom import GradeTasks, LastOfEach
 from course_utils.units import CODE_STUB
 
 c = get_config()  # noqa: F821
@@ -16,11 +16,14 @@ c.CourseDirectory.autograded_directory = "classroom/autograded"
 c.CourseDirectory.feedback_directory = "classroom/feedback"
 c.CourseDirectory.db_url = "sqlite:///classroom/gradebook.db"
 
-# Hand-ins from a learning platform: STUDENT_06_the_gpipe_schedule.ipynb, or as Moodle names files and folders.
+# Hand-ins from a learning platform: STUDENT_06_the_gpipe_schedule.ipynb, or as Moodle names files and folders; with
+# "(1)" or "-Copy1" behind it where a browser or JupyterLab has copied the file.
 c.ZipCollectApp.downloaded_directory = "classroom/collected"
 c.FileNameCollectorPlugin.named_regexp = (
-    r".*[/\\](?P<student_id>[^/\\]+?)(?:_\d+_assignsubmission_file)?(?:_|_?[/\\])(?P<file_id>\d\d_[a-z_]+)\.ipynb$"
+    r".*[/\\](?P<student_id>[^/\\]+?)(?:_\d+_assignsubmission_file)?"
+    r"(?:_|_?[/\\])(?P<file_id>\d\d_[a-z_]+)(?: ?\(\d+\)|-Copy\d+)*\.ipynb$"
 )
+
 
 # A student's copy: without the cells for teachers, then as nbgrader always makes it.
 c.GenerateAssignment.preprocessors = [
@@ -36,6 +39,15 @@ c.GenerateAssignment.preprocessors = [
 c.TagRemovePreprocessor.enabled = True
 c.TagRemovePreprocessor.remove_cell_tags = ["solution"]
 c.ClearSolutions.code_stub = {"python": CODE_STUB}
+
+# A learner who copies a cell copies what nbgrader has noted in it.
+c.Autograde.sanitize_preprocessors = [
+    own.ClearOutput,
+    LastOfEach,
+    own.OverwriteKernelspec,
+    own.OverwriteCells,
+    own.CheckCellMetadata,
+]
 
 # Answers are not run in a kernel of the grader's, but each in a process that has limits and may be lost.
 c.Autograde.autograde_preprocessors = [

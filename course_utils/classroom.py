@@ -9,7 +9,7 @@ from typing import Any
 
 import nbformat
 from nbformat import NotebookNode
-from nbgrader.preprocessors import NbGraderPreprocessor
+from nbgrader.preprocessors import DeduplicateIds, NbGraderPreprocessor
 from traitlets import Float
 
 from course_utils.checks import seed
@@ -33,6 +33,17 @@ class GradeTasks(NbGraderPreprocessor):
             if g.for_teacher:
                 self.log.warning("For the teacher: %s, %s, task %s: %s", where["student"], where["assignment"], g.task,
                                  g.for_teacher)  # fmt: skip
+        return notebook, resources
+
+
+class LastOfEach(DeduplicateIds):
+    """Of cells that were copied the last one counts; nbgrader 0.9 fails on what it leaves of the others."""
+
+    def preprocess(self, notebook: NotebookNode, resources: Any) -> tuple[NotebookNode, Any]:
+        notebook, resources = super().preprocess(notebook, resources)
+        for cell in notebook.cells:
+            if not cell.metadata.get("nbgrader", True):
+                del cell.metadata["nbgrader"]
         return notebook, resources
 
 

@@ -67,17 +67,18 @@ def as_grade(task: Task, outcome: Outcome, course_seed: int) -> Grade:
 
 
 def handed_in(notebook: NotebookNode, task: Task) -> HandIn | None:
-    """The answer's cell, and before it the imports and the cells that the learner has added."""
+    """The answer's cell, the last one if it was copied; before it the imports and the cells that the learner added."""
     before: list[str] = []
+    found: HandIn | None = None
     for cell in notebook.cells:
         if cell.cell_type != "code":
             continue
         if tagged(cell, "answer") == task.name:
-            return HandIn(task, tuple(before), cell.source)
+            found = HandIn(task, tuple(before), cell.source)
         tags = cell.metadata.get("tags", [])
         if "given" not in tags and not tagged(cell, "answer") and not tagged(cell, "check"):
             before.append(cell.source)
-    return None
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -192,8 +192,12 @@ def graded(tmp_path_factory, nbgrader):
         if units.tagged(cell, "check"):
             cell.source = "8"
             cell.metadata["nbgrader"]["points"] = 100
+    two_tries = hand_in(UNIT, **right)  # somebody copied a cell, to keep a try above the answer
+    place = next(i for i, cell in enumerate(two_tries.cells) if units.tagged(cell, "answer") == "at_most")
+    copied = nbformat.from_dict({**two_tries.cells[place], "id": "copied", "source": "def at_most(K, M, cap): ..."})
+    two_tries.cells.insert(place, copied)
     hand_ins = {
-        "ada": hand_in(UNIT, **right),
+        "ada": two_tries,
         "ben": hand_in(UNIT),
         "cleo": hand_in(UNIT, run_rank=right["run_rank"], at_most="def at_most(K, M, cap):\n    return gpipe(K, M)"),
         "dan": hand_in(UNIT, run_rank=right["run_rank"], at_most=hard_coded()),
@@ -201,8 +205,8 @@ def graded(tmp_path_factory, nbgrader):
     }
     room.collect(
         {
-            f"ada_{FOLDER}.ipynb": hand_ins["ada"],  # names as platforms give them, the last two as Moodle does
-            f"ben_12_assignsubmission_file_{FOLDER}.ipynb": hand_ins["ben"],
+            f"ada_{FOLDER}-Copy1.ipynb": hand_ins["ada"],  # names as platforms give them, the last two as Moodle does
+            f"ben_12_assignsubmission_file_{FOLDER} (1).ipynb": hand_ins["ben"],
             f"cleo_13_assignsubmission_file_/{FOLDER}.ipynb": hand_ins["cleo"],
         }
     )
