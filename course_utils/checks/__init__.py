@@ -114,14 +114,15 @@ def check_exercise(name: str, answer: Any, limit: float) -> Points:
     if found.passed and task.on_processes is not None:
         print(in_lines(task.on_processes(answer)))
     elif not found.passed:
-        count, since = tried.get(name, (0, time.monotonic()))
-        tried[name] = count + found.written, since
-        offer_hints(task)
+        offer_hints(task, found.written)
     return Points(task.points if found.passed else 0, task.points)
 
 
-def offer_hints(task: tasks.Task) -> None:
-    count, since = tried[task.full_name]
+def offer_hints(task: tasks.Task, written: bool) -> None:
+    """Say after an answer that is not right how to open hints; where a task asks for patience, after a while."""
+    count, since = tried.get(task.full_name, (0, time.monotonic()))
+    count += written
+    tried[task.full_name] = count, since
     if not task.patience:
         print("Hints, when you want them: hint(1), then hint(2), then hint(3).")
     elif count >= task.patience or time.monotonic() - since > LONG:

@@ -984,15 +984,9 @@ LESSONS = "../../notebooks/"
 
 def find(name: str, minutes: int, difficulty: int, **others: Any) -> Task:
     """A find: one point, and three hints: a symptom, an experiment that shows it, what must hold in the end."""
-    told: dict[str, Any] = {
-        "unit": "12",
-        "name": name,
-        "kind": "transfer",
-        "minutes": minutes,
-        "points": 1,
-        "difficulty": difficulty,
-    }
-    return Task(**told, patience=3, **others)
+    return Task(
+        unit="12", kind="transfer", points=1, patience=3, name=name, minutes=minutes, difficulty=difficulty, **others
+    )
 
 
 TASKS = (

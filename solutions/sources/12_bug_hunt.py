@@ -194,9 +194,14 @@ def loss_share(logits, targets, all_targets):
 
 # %%
 logits, targets = torch.zeros(2, 4, 3), torch.tensor([[1, 2, 1, 2], [2, 0, 0, 0]])
-mine = [call(loss_share, logits[i : i + 1], targets[i : i + 1], targets) for i in range(2)]
-if not any(share is None for share in mine):
-    print_numbers("shares:", "{:.3f} and {:.3f}", mine)
+
+
+def show_shares(loss_share):
+    mine = [loss_share(logits[i : i + 1], targets[i : i + 1], targets) for i in range(2)]
+    print("shares:", [round(float(share), 3) for share in mine], "together:", round(float(sum(mine)), 3))
+
+
+call(show_shares, loss_share)
 
 # %% tags=["check:loss_share", "nbval-check-output"]
 check("unit12.loss_share", loss_share)
